@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The columns our own modules read and write, named once.
+
+Legend: `B` samples of the batch, `P_i` prompt tokens and `T_i` response tokens of sample `i`. A ragged column
+is a Python list of `B` one-dimensional tensors, one per sample, never padded between modules.
+
+Example:
+    A batch of two samples, as `PolicyInference` returns it::
+
+        {"uid": tensor([0, 1]), "prompt_uid": tensor([0, 0]), "prompt": ["1+1=", "1+1="],
+         "prompt_ids": [tensor([5, 9, 5]), tensor([5, 9, 5])],
+         "response_ids": [tensor([6, 1]), tensor([7, 7, 1])],
+         "rollout_logprobs": [tensor([-0.1, -0.0]), tensor([-2.3, -0.5, -0.1])], ...}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Column:
+    """Describe one column: its dtype, its shape in the legend's letters and what it means."""
+
+    name: str
+    dtype: str
+    shape: str
+    meaning: str
+
+
+UID: Final = "uid"
+PROMPT_UID: Final = "prompt_uid"
+PROMPT: Final = "prompt"
+PROMPT_IDS: Final = "prompt_ids"
+RESPONSE_IDS: Final = "response_ids"
+COMPLETION: Final = "completion"
+FINISH_REASON: Final = "finish_reason"
+TEMPERATURE: Final = "temperature"
+POLICY_VERSION: Final = "policy_version"
+LOSS_MASK: Final = "loss_mask"
+ROLLOUT_LOGPROBS: Final = "rollout_logprobs"
+OLD_LOGPROBS: Final = "old_logprobs"
+REF_LOGPROBS: Final = "ref_logprobs"
+REWARDS: Final = "rewards"
+ADVANTAGES: Final = "advantages"
+RETURNS: Final = "returns"
+VALUES: Final = "values"
+
+COLUMNS: Final[dict[str, Column]] = {
+    column.name: column
+    for column in (
+        Column(UID, "int64", "[B]", "number of the sample in the run, given by the engine"),
+        Column(PROMPT_UID, "int64", "[B]", "number of the prompt; the samples of a group share it"),
+        Column(PROMPT, "str | list[dict]", "[B]", "text, or chat messages with role and content"),
+        Column(PROMPT_IDS, "int64", "ragged [P_i]", "tokens of the prompt, chat template applied"),
+        Column(RESPONSE_IDS, "int64", "ragged [T_i]", "sampled tokens, the EOS included if sampled"),
+        Column(COMPLETION, "str", "[B]", "the response as text, special tokens left out"),
+        Column(FINISH_REASON, "str", "[B]", "'stop' (EOS or stop string) or 'length'"),
+        Column(TEMPERATURE, "float32", "[B]", "temperature that the response was sampled with"),
+        Column(POLICY_VERSION, "int64", "[B]", "parameter syncs the sampler had received"),
+        Column(LOSS_MASK, "bool", "ragged [T_i]", "which response tokens are trained on"),
+        Column(ROLLOUT_LOGPROBS, "float32", "ragged [T_i]", "the sampler's log-probs, nats"),
+        Column(OLD_LOGPROBS, "float32", "ragged [T_i]", "the trainer's log-probs at step start"),
+        Column(REF_LOGPROBS, "float32", "ragged [T_i]", "the reference's log-probs, nats"),
+        Column(REWARDS, "float32", "[B]", "the sample's reward, weighted sum of its parts"),
+        Column(ADVANTAGES, "float32", "[B] or ragged [T_i]", "per sample, or per response token"),
+        Column(RETURNS, "float32", "ragged [T_i]", "regression target of the value model"),
+        Column(VALUES, "float32", "ragged [T_i]", "the value model's estimates"),
+    )
+}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception tree: every error names its cause, its place and the way out.
+
+Example:
+    >>> raise ConfigError("unknown key 'runtime.sed'", place="grpo.yaml", fix="did you mean 'seed'?")
+    Traceback (most recent call last):
+    ...
+    chatlearn.errors.ConfigError: unknown key 'runtime.sed'
+      at: grpo.yaml
+      fix: did you mean 'seed'?
+"""
+
+from __future__ import annotations
+
+
+class ChatLearnError(Exception):
+    """Report what went wrong (`cause`), where (`place`) and what to do about it (`fix`)."""
+
+    def __init__(self, cause: str, *, place: str = "", fix: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.place = place
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.cause]
+        if self.place:
+            lines.append(f"  at: {self.place}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self):  # keyword arguments do not survive the default reduction
+        return _rebuild, (type(self), self.cause, self.place, self.fix)
+
+
+def _rebuild(cls: type[ChatLearnError], cause: str, place: str, fix: str) -> ChatLearnError:
+    return cls(cause, place=place, fix=fix)
+
+
+class ConfigError(ChatLearnError):
+    """A configuration value is unknown, mistyped or contradicts another one."""
+
+
+class FlowError(ChatLearnError):
+    """A flow function cannot be turned into a graph of nodes."""
+
+
+class SymbolError(FlowError, AttributeError):
+    """A symbolic value was asked for an attribute (an AttributeError too, so `hasattr` is false)."""
+
+
+class DataError(ChatLearnError):
+    """A dataset, a row of it or a prompt cannot be used."""
+
+
+class BatchError(ChatLearnError):
+    """A batch that a module received or returned breaks the rules of batches."""
+
+
+class RewardError(ChatLearnError):
+    """A reward function gave no usable reward."""
+
+
+class SyncError(ChatLearnError):
+    """Parameters did not, or could not, travel from a trainer to an inference module."""
+
+
+class CheckpointError(ChatLearnError):
+    """A checkpoint cannot be written, is damaged or belongs to another run."""
+
+
+class OutputError(ChatLearnError):
+    """The output folder cannot be used."""
+
+
+class EngineError(ChatLearnError):
+    """The engine was asked for something its state does not allow."""
+
+
+class ModuleError(ChatLearnError):
+    """A module's method raised; the original exception is this error's `__cause__`."""

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BaseModule`: what a user implements, and how a call of it inside a flow becomes a node.
+
+A public method that is called with a symbolic value while a flow is being traced is recorded instead of run. That
+is decided when the bound method is *called*, so a method that was bound earlier, in a closure or a `partial`, is
+recorded too, and `super().forward_step(...)` inside a method never is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from chatlearn.config import ModuleConfig, active
+from chatlearn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BatchBy = Literal["sample", "group", "episode"]
+
+
+class Tracer(Protocol):
+    """Records calls of modules while a flow function runs on symbolic values."""
+
+    def is_symbolic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether any argument is, or holds, a symbolic value."""
+        ...
+
+    def record(
+        self, module: BaseModule, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record the call as a node and return its symbolic output."""
+        ...
+
+
+ACTIVE_TRACER: ContextVar[Tracer | None] = ContextVar("chatlearn_active_tracer", default=None)
+
+
+class BaseModule:
+    """One participant of a flow: a policy, a reference, a reward, a trainer, or anything with step methods.
+
+    Construct it cheaply, anywhere; make weights and other heavy state in `setup()`, which runs once per replica
+    where the module lives. A step method takes `data` (a dict of columns, batch first; its own copy, free to change)
+    and, if its signature has it, `iteration`; it returns a dict of columns, or nothing.
+
+    Example:
+        >>> class Doubler(BaseModule):
+        ...     def forward_step(self, data):
+        ...         data["twice"] = [2 * x for x in data["prompt"]]
+        ...         return data
+        >>> doubler = Doubler("doubler")
+    """
+
+    Config: ClassVar[type[ModuleConfig]] = ModuleConfig
+    """The pydantic model of `models.<name>`; a subclass may declare its own, derived from `ModuleConfig`."""
+    batch_by: ClassVar[BatchBy] = "sample"
+    """On what granularity a step may be called: any micro-batch, whole groups, or the whole episode."""
+    filters_samples: ClassVar[bool] = False
+    """Whether a step may return fewer samples than it got; the kept ones must bring their `uid` column."""
+
+    model: nn.Module | None = None
+    """Where parameter sync and checkpoints find the weights, unless `state_dict` is overridden."""
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        """Name the module; `settings` are fields of `Config`, overruled by `models.<name>` of the configuration."""
+        if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"a module's name must be a non-empty string, not {name!r}",
+                fix=f'write {type(self).__name__}("some_name")',
+            )
+        self.name = name
+        self.replica_id = 0
+        self.policy_version = 0
+        self._settings = settings
+        self._config: ModuleConfig | None = None
+        self._padding: dict[str, tuple[float, Literal["left", "right"]]] = {}
+        self._shared: dict[str, Any] = {}
+        self._metrics: list[dict[str, float]] = []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name.startswith("_") or type(value) is not MethodType or value.__self__ is not self:
+            return value
+        return MethodType(_traceable(value.__func__), self)
+
+    # ---- configuration -------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The resolved, typed configuration: defaults < constructor settings < YAML < overrides."""
+        if self._config is None:
+            self._config = active().module(self.name, type(self).Config, self._settings)
+        return self._config
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        raise ConfigError(
+            "`config` is the module's typed configuration and cannot be assigned",
+            place=f"{type(self).__name__}({self.name!r})",
+            fix="keep your own value under another attribute name",
+        )
+
+    # ---- hooks a user may override -------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Make weights and other heavy state; runs once per replica, where the module lives."""
+
+    def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> Any:
+        """Return a torch-style dataset (optionally with `collate_fn`) over `prompts`, or None for the default one."""
+        return None
+
+    def before_episode(self) -> None:
+        """Run before every episode."""
+
+    def after_episode(self) -> None:
+        """Run after every episode."""
+
+    def save_checkpoint(self, iteration: int) -> None:
+        """Save what the engine cannot see, after `iteration` train steps."""
+
+    def load_checkpoint(self, iteration: int) -> None:
+        """Load what `save_checkpoint(iteration)` saved."""
+
+    def onload(self) -> None:
+        """Bring weights and state to the device."""
+
+    def offload(self) -> None:
+        """Take weights and state off the device."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return the named tensors that parameter sync and checkpoints carry (of `self.model`, if there is one)."""
+        return {} if self.model is None else self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over named tensors, in place."""
+        if self.model is not None:
+            self.model.load_state_dict(state)
+
+    def training_state(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides `state_dict()` (optimiser, schedule); tensors and plain values."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take over what `training_state()` returned."""
+
+    def export(self, folder: Path) -> bool:
+        """Write the model to `folder` in a format others can load; tell whether there was anything to write."""
+        return False
+
+    # ---- services for the user's methods ---------------------------------------------------------------------------
+
+    def put(self, key: str, value: Any) -> None:
+        """Share a value with all modules of the engine."""
+        self._shared[key] = value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value that some module shared under `key`, else `default`."""
+        return self._shared.get(key, default)
+
+    def log(self, **metrics: float) -> None:
+        """Report numbers of this call; the engine averages them over the episode's calls and logs them."""
+        self._metrics.append({name: float(value) for name, value in metrics.items()})
+
+    def add_padding_config(
+        self, key: str, value: float, side: Literal["left", "right"] = "right"
+    ) -> None:
+        """Have column `key` of ragged tensors padded with `value` on `side` whenever this module receives it."""
+        if side not in ("left", "right"):
+            raise ConfigError(
+                f"padding side must be 'left' or 'right', not {side!r}",
+                place=f"add_padding_config({key!r}) of module {self.name!r}",
+            )
+        self._padding[key] = (value, side)
+
+
+RESERVED_METHODS = frozenset(
+    name for name, value in vars(BaseModule).items() if callable(value) and not name.startswith("_")
+)
+"""Hooks and services of `BaseModule`: never nodes of a flow."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method so that a call with symbolic values is recorded while a flow is traced."""
+    method = function.__name__
+
+    @functools.wraps(function)
+    def call(self: BaseModule, *args: Any, **kwargs: Any) -> Any:
+        tracer = ACTIVE_TRACER.get()
+        if tracer is not None and tracer.is_symbolic(args, kwargs):
+            return tracer.record(self, method, args, kwargs)
+        return function(self, *args, **kwargs)
+
+    return call
