@@ -1,13 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed configuration: `chatlearn.init`, YAML, overrides, and who set each value. Imports no torch."""
+"""Typed configuration: `chatlearn.init`, YAML, overrides, and who set each value. Imports no torch.
+
+A value is set by, each overruling the one before: the default, the constructor of a module (`code`), included YAML
+files, the YAML file (`grpo.yaml:3`) or dict (`code`), the overrides of `init` (`override`), the command line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from chatlearn.config_problems import (
+    Problem,
+    closest,
+    contradiction,
+    raise_all,
+    unknown_key,
+    validation_problems,
+)
+from chatlearn.config_sources import (
+    KeyPath,
+    Layer,
+    code_origins,
+    merge,
+    nearest,
+    overlay,
+    read_file,
+    read_mapping,
+    read_overrides,
+    resolve,
+)
+from chatlearn.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "ModuleConfig",
+    "RuntimeConfig",
+    "active",
+    "command_line",
+    "contradiction",
+    "init",
+    "plain",
+]
 
 
 class ModuleConfig(BaseModel):
@@ -17,68 +68,284 @@ class ModuleConfig(BaseModel):
 
     trainable: bool = False
     """Whether the module's weights are trained; trainers of ours set it themselves."""
-    num_replica: int = Field(default=1, ge=1)
-    """Independent copies of the module that share its work by load."""
-    num_process: int = Field(default=1, ge=1)
-    """Processes (ranks) of one replica."""
-    num_gpu: float = Field(default=0, ge=0)
-    """GPUs of one replica."""
-    num_cpu: float = Field(default=1, ge=0)
-    """CPU cores of one replica."""
     generation_batch_size: int | None = Field(default=None, ge=1)
     """Samples per call at most; None takes `runtime.generation_batch_size`."""
     sync_frequency: int = Field(default=1, ge=1)
     """Episodes between two parameter syncs into this module."""
+    num_replica: int = Field(default=1, ge=1)
+    """Independent copies of the module that share its work by load."""
+    num_gpu: float = Field(default=0, ge=0)
+    """GPUs of one replica."""
+    num_cpu: float = Field(default=1, ge=0)
+    """CPU cores of one replica."""
+    num_process: int = Field(default=1, ge=1)
+    """Processes (ranks) of one replica."""
+
+
+AnyModuleConfig = TypeVar("AnyModuleConfig", bound=ModuleConfig)
 
 
 class RuntimeConfig(BaseModel):
-    """Fields of `runtime`: the arithmetic of episodes and where the run keeps its things."""
+    """Fields of `runtime`: the arithmetic of episodes and where the run keeps its things.
+
+    Example:
+        >>> RuntimeConfig(num_episode=3, sample_per_episode=512, num_inference_per_prompt=8)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    backend: Literal["local", "ray"] = "local"
-    seed: int = 0
     num_episode: int = Field(default=1, ge=0)
+    """Rounds of env flow and trainer flow."""
     sample_per_episode: int | None = Field(default=None, ge=1)
+    """Samples of one episode after repetition; None takes every prompt once, repeated as a group."""
     num_inference_per_prompt: int = Field(default=1, ge=1)
-    generation_batch_size: int | None = Field(default=None, ge=1)
-    train_micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples of one prompt: the group size."""
     train_global_batch_size: int | None = Field(default=None, ge=1)
-    num_training_epoch: int = Field(default=1, ge=1)
-    stream_data_loader_type: Literal["fixed", "dynamic"] = "fixed"
-    incomplete_step: Literal["fill", "drop_last", "keep"] = "fill"
-    max_staleness: int = Field(default=0, ge=0)
-    data_ratio: list[int] | None = None
-    data_shuffle: bool = False
-    max_replay_episode: int = Field(default=0, ge=-1)
-    replay_episode_offset: int = Field(default=0, ge=0)
-    eval_episode_interval: int = Field(default=1, ge=1)
-    enable_eval_before_training: bool = False
-    save_episode_interval: int | None = Field(default=None, ge=1)
+    """Samples of one update; None takes all samples of the episode."""
+    train_micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per micro-batch of an update; None takes the whole global batch."""
+    generation_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per call of a module at most; None takes everything that is ready."""
     output_dir: Path | None = None
-    resume: str = "never"
-    colocation: list[list[str]] = Field(default_factory=list)
+    """Folder of the run (metrics, report, checkpoints, model); None writes nothing."""
+    seed: int = 0
+    """Seed of sampling, shuffles and initial weights."""
+    resume: Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)] = "never"
+    """`never`, `auto` (the newest whole checkpoint of `output_dir`, if any) or the path of a checkpoint."""
+    save_episode_interval: int | None = Field(default=None, ge=1)
+    """Episodes between two checkpoints; None saves only when the run ends or is interrupted."""
+    eval_episode_interval: int = Field(default=1, ge=1)
+    """Episodes between two evaluations, if there is an evaluator."""
+    enable_eval_before_training: bool = False
+    """Whether to evaluate once before the first episode."""
+    num_training_epoch: int = Field(default=1, ge=1)
+    """Passes of the trainer flow over the samples of an episode."""
+    incomplete_step: Literal["fill", "drop_last", "keep"] = "fill"
+    """What becomes of a rest smaller than a global batch: filled with the episode's first samples, dropped or kept."""
+    data_shuffle: bool = False
+    """Whether to reshuffle the dataset on every pass."""
+    data_ratio: list[PositiveInt] | None = None
+    """Prompts taken per turn from each of several datasets."""
+    stream_data_loader_type: Literal["fixed", "dynamic"] = "fixed"
+    """Whether training starts when the episode is complete, or as soon as a global batch is."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Versions by which the weights that sampled may be older than those that train."""
+    max_replay_episode: int = Field(default=0, ge=-1)
+    """Episodes kept for replay; -1 keeps all."""
+    replay_episode_offset: int = Field(default=0, ge=0)
+    """Episodes that train as they come before replay starts to keep any."""
+    backend: Literal["local", "ray"] = "local"
+    """Whether modules run in this process or on a Ray cluster."""
+    colocation: list[list[str]] = Field(default_factory=list[list[str]])
+    """Groups of module names that share their devices."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RuntimeConfig:
+        samples, group = self.sample_per_episode, self.num_inference_per_prompt
+        if samples is not None and samples % group:
+            below, above = samples // group * group, (samples // group + 1) * group
+            raise contradiction(
+                "sample_per_episode",
+                f"sample_per_episode={samples} is not a multiple of num_inference_per_prompt={group}",
+                f"use {below} or {above}" if below else f"use {above}",
+            )
+        micro, step = self.train_micro_batch_size, self.train_global_batch_size
+        if micro is not None and step is not None and micro > step:
+            raise contradiction(
+                "train_micro_batch_size",
+                f"train_micro_batch_size={micro} is larger than train_global_batch_size={step}",
+                f"use {step} or less",
+            )
+        if self.resume not in ("auto", "never") and (
+            not self.resume or (meant := closest(self.resume.lower(), ("auto", "never")))
+        ):
+            raise contradiction(
+                "resume",
+                f"resume={self.resume!r} is neither 'auto', 'never' nor the path of a checkpoint",
+                f"did you mean {meant!r}?" if self.resume else "use 'never' to start afresh",
+            )
+        return self
 
 
 class Config:
-    """The resolved configuration of a run (skeleton; see the module docstring)."""
+    """The configuration of a run: the validated `runtime`, and `module()` for each module of the flows."""
 
-    runtime: RuntimeConfig
+    def __init__(self, layer: Layer, source: Path | None = None) -> None:
+        """Interpolate and validate `layer`; `source` is the YAML file it came from."""
+        self.source = source
+        """The YAML file, if there is one."""
+        self._origins = dict(layer.origins)
+        values = resolve(layer)
+        problems = [*self._unknown_sections(values)]
+        sections: dict[str, dict[str, Any]] = {"runtime": {}, "models": {}}
+        for name in sections:
+            value = values.get(name)
+            if isinstance(value, dict):
+                sections[name] = cast(dict[str, Any], value)
+            elif value is not None:
+                problems.append(self._not_a_section((name,), value))
+        self._models: dict[str, dict[str, Any]] = {}
+        for name, value in sections["models"].items():
+            if value is None or isinstance(value, dict):
+                self._models[str(name)] = cast(dict[str, Any], value or {})
+            else:
+                problems.append(self._not_a_section(("models", str(name)), value))
+        script = values.get("script")
+        if script is not None and not isinstance(script, str):
+            problems.append(Problem(f"script is {script!r}, expected a path", self._place(("script",)), ""))
+        self.script = Path(script) if isinstance(script, str) else None
+        """The script that a recipe runs."""
+        try:
+            self.runtime = RuntimeConfig.model_validate(sections["runtime"])
+        except ValidationError as error:
+            problems += validation_problems(error, RuntimeConfig, ("runtime",), self._place)
+        raise_all(problems)
 
     def module(
-        self, name: str, config_class: type[ModuleConfig], settings: Mapping[str, Any]
-    ) -> ModuleConfig:
-        """Resolve `models.<name>`: defaults < constructor settings < YAML < overrides."""
-        return config_class(**settings)
+        self, name: str, config_class: type[AnyModuleConfig], settings: Mapping[str, Any]
+    ) -> AnyModuleConfig:
+        """Resolve `models.<name>`: defaults < constructor `settings` < YAML < overrides."""
+        section = ("models", name)
+        for path, origin in code_origins(settings, section).items():
+            self._origins.setdefault(path, origin)
+        try:
+            return config_class.model_validate(overlay(settings, self._models.get(name, {})))
+        except ValidationError as error:
+            raise_all(validation_problems(error, config_class, section, self._place))
+            raise
+
+    def check_modules(self, names: Collection[str]) -> None:
+        """Refuse a `models.<name>` that no module of the flows has."""
+        raise_all(
+            [
+                unknown_key(("models", name), names, self._place)
+                for name in self._models
+                if name not in names
+            ]
+        )
+
+    def provenance(self, path: str) -> str:
+        """Tell who set the value at `path`: `default`, `code`, `grpo.yaml:3`, `override` or `command line`."""
+        keys = tuple(path.split("."))
+        parts = [other for other in self._origins if len(other) > len(keys) and other[: len(keys)] == keys]
+        if parts:  # a mapping, whose parts may have been set in different places
+            places = {self._origins[p]: None for p in parts if not any(q[:-1] == p for q in parts)}
+            return ", ".join(places)
+        return self._origins.get(keys, "default")
+
+    def to_dict(self, modules: Mapping[str, ModuleConfig] | None = None) -> dict[str, Any]:
+        """Return every value, safe for JSON and YAML; `modules` are the resolved ones by name."""
+        resolved = {name: config.model_dump() for name, config in (modules or {}).items()}
+        models: dict[str, Any] = {**self._models, **resolved}
+        return {"runtime": plain(self.runtime.model_dump()), "models": plain(models)}
+
+    def to_yaml(self, modules: Mapping[str, ModuleConfig] | None = None) -> str:
+        """Return `to_dict` as YAML that `init` reads again."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(modules), sort_keys=False, allow_unicode=True)
+
+    def digest(self, modules: Mapping[str, ModuleConfig] | None = None) -> str:
+        """Return the SHA-256 of what the run computes: all values but `output_dir` and `resume`."""
+        values = self.to_dict(modules)
+        for place in ("output_dir", "resume"):
+            del values["runtime"][place]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def _place(self, path: KeyPath) -> str:
+        return f"{nearest(self._origins, path) or 'default'} {'.'.join(path)}"
+
+    def _unknown_sections(self, values: Mapping[str, Any]) -> Iterator[Problem]:
+        sections = ("runtime", "models", "include", "script")
+        for key in map(str, values):
+            if key in sections:
+                continue
+            if inner := closest(key, RuntimeConfig.model_fields):
+                fix = f"did you mean 'runtime.{inner}'?"
+                yield Problem(f"unknown key {key!r}", self._place((key,)), fix)
+            else:
+                yield unknown_key((key,), sections, self._place)
+
+    def _not_a_section(self, path: KeyPath, value: Any) -> Problem:
+        cause = f"{'.'.join(path)} is {value!r} ({type(value).__name__}), expected keys and values"
+        return Problem(cause, self._place(path), "write one `key: value` per line below it")
+
+
+@dataclass
+class _Session:
+    """What `init` set and what the command line brought; one per process, seen by all of its threads."""
+
+    config: Config | None = None
+    recipe: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+
+_session = _Session()
 
 
 def init(
     config: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """Set the active configuration from a path, a dict or nothing, plus `"runtime.num_episode=3"` strings."""
-    raise NotImplementedError
+    """Set and return the active configuration: a YAML path, a dict or nothing, plus `"runtime.num_episode=3"` strings.
+
+    Example:
+        >>> init({"runtime": {"num_episode": 2}}, ["runtime.seed=7"]).runtime.seed
+        7
+    """
+    given = _session.recipe if config is None else config
+    layers: list[Layer] = []
+    source = None
+    if isinstance(given, Mapping):
+        layers.append(read_mapping(given))
+    elif isinstance(given, str | Path):
+        source = Path(given)
+        layers.append(read_file(source))
+    elif given is not None:
+        raise ConfigError(
+            f"chatlearn.init takes a path, a dict or nothing, not {type(given).__name__}",
+            fix='write chatlearn.init("grpo.yaml")',
+        )
+    layers.append(read_overrides(overrides, "override"))
+    layers.append(read_overrides(_session.overrides, "command line"))
+    _session.config = Config(merge(layers), source)
+    return _session.config
 
 
 def active() -> Config:
     """Return the configuration that `init` set last, or the default one."""
-    return Config()
+    return _session.config or init()
+
+
+@contextmanager
+def command_line(overrides: Sequence[str] = (), recipe: Path | None = None) -> Iterator[None]:
+    """Within the block, every `init` ends with `overrides`, and a bare one reads `recipe`."""
+    before = (_session.config, _session.recipe, _session.overrides)
+    _session.config, _session.recipe, _session.overrides = None, recipe, tuple(overrides)
+    try:
+        yield
+    finally:
+        _session.config, _session.recipe, _session.overrides = before
+
+
+def plain(value: Any) -> Any:
+    """Reduce a value to what JSON and YAML can hold: paths as text, callables as their qualified names."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump())
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in cast(Sequence[Any], value)]
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in cast(Collection[Any], value)), key=repr)
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, functools.partial):
+        return plain(cast(Any, value).func)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    if named is value or type(value).__repr__ is object.__repr__ or callable(value):
+        return f"{named.__module__}.{named.__qualname__}"
+    return str(value)[:200]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn what pydantic found wrong into errors that name the key, the place and the way out, all at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from chatlearn.config_sources import KeyPath
+from chatlearn.errors import ConfigError
+
+PlaceOf = Callable[[KeyPath], str]
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a configuration, in the words of `ChatLearnError`."""
+
+    cause: str
+    place: str
+    fix: str
+
+
+def contradiction(field: str, cause: str, fix: str) -> PydanticCustomError:
+    """Build what a `model_validator` raises when `field` contradicts another one.
+
+    Example:
+        >>> raise contradiction("top_k", "top_k=0 selects nothing", "give 1 or more, or leave it out")
+    """
+    return PydanticCustomError(
+        "contradiction", "{cause}; {fix}", {"field": field, "cause": cause, "fix": fix}
+    )
+
+
+def raise_all(problems: Sequence[Problem]) -> None:
+    """Raise one `ConfigError` that tells of every problem; do nothing if there is none."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0].cause, place=problems[0].place, fix=problems[0].fix)
+    if problems:
+        texts = [str(ConfigError(p.cause, place=p.place, fix=p.fix)) for p in problems]
+        listed = "\n".join(f"- {text}" for text in texts).replace("\n  ", "\n    ")
+        raise ConfigError(f"{len(problems)} problems in the configuration:\n{listed}")
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate that `word` most likely meant."""
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def unknown_key(path: KeyPath, valid: Iterable[str], place_of: PlaceOf) -> Problem:
+    """Report a key that does not exist, with the closest one that does."""
+    valid = list(valid)
+    match = closest(path[-1], valid)
+    fix = f"did you mean {match!r}?" if match else f"valid keys: {', '.join(sorted(valid))}"
+    return Problem(f"unknown key {'.'.join(path)!r}", place_of(path), fix)
+
+
+def validation_problems(
+    error: ValidationError, model: type[BaseModel], above: KeyPath, place_of: PlaceOf
+) -> list[Problem]:
+    """Convert a pydantic error about the section `above` into problems, one per key."""
+    problems: dict[KeyPath, Problem] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "contradiction":
+            context: Mapping[str, Any] = detail.get("ctx", {})
+            path = (*above, *_inner_path(detail, model), str(context["field"]))
+            problem = Problem(str(context["cause"]), place_of(path), str(context["fix"]))
+        else:
+            path = (*above, *_inner_path(detail, model))
+            problem = _field_problem(detail, model, path, above, place_of)
+        problems.setdefault(path, problem)
+    return list(problems.values())
+
+
+def _field_problem(
+    detail: ErrorDetails,
+    model: type[BaseModel],
+    path: KeyPath,
+    above: KeyPath,
+    place_of: PlaceOf,
+) -> Problem:
+    inner = path[len(above) :]
+    if detail["type"] == "extra_forbidden":
+        owner = _owner(model, inner)
+        return unknown_key(path, owner.model_fields if owner else (), place_of)
+    dotted = ".".join(path)
+    if detail["type"] == "missing":
+        return Problem(f"{dotted} must be set", place_of(path), f"give {_expected(model, inner)}")
+    got: Any = detail["input"]
+    if not inner:
+        return Problem(detail["msg"].removeprefix("Value error, "), place_of(path), "")
+    field = _field(model, inner)
+    match = None
+    if isinstance(got, str) and field is not None:
+        match = closest(got, [v for v in _literals(field.annotation) if isinstance(v, str)])
+    expected = _expected(model, inner)
+    position = "".join(f"[{step}]" for step in detail["loc"] if isinstance(step, int))
+    return Problem(
+        f"{dotted}{position} is {got!r} ({type(got).__name__}), expected {expected}",
+        place_of(path),
+        f"did you mean {match!r}?" if match else _hint(detail),
+    )
+
+
+def _hint(detail: ErrorDetails) -> str:
+    return re.sub(r"^Input\b", "the value", detail["msg"].removeprefix("Value error, "))
+
+
+def _inner_path(detail: ErrorDetails, model: type[BaseModel]) -> KeyPath:
+    """Keep the part of pydantic's location that is keys of the user; the rest names branches of a union."""
+    path: list[str] = []
+    owner: type[BaseModel] | None = model
+    for step in detail["loc"]:
+        if owner is None or not isinstance(step, str):
+            break
+        path.append(step)
+        field = owner.model_fields.get(step)
+        owner = None if field is None else _model_in(field.annotation)
+    return tuple(path)
+
+
+def _owner(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    owner: type[BaseModel] | None = model
+    for step in path[:-1]:
+        field = None if owner is None else owner.model_fields.get(step)
+        owner = None if field is None else _model_in(field.annotation)
+    return owner
+
+
+def _field(model: type[BaseModel], path: KeyPath) -> FieldInfo | None:
+    owner = _owner(model, path)
+    return None if owner is None or not path else owner.model_fields.get(path[-1])
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for arg in get_args(annotation):
+            yield from _literals(arg)
+
+
+def _expected(model: type[BaseModel], path: KeyPath) -> str:
+    field = _field(model, path)
+    if field is None:
+        return "another value"
+    literals = list(_literals(field.annotation))
+    if literals:
+        return f"one of {', '.join(map(repr, literals))}"
+    annotation = field.annotation
+    name = annotation.__name__ if type(annotation) is type else str(annotation)
+    name = re.sub(r"Annotated\[(\w+), .*?\]", r"\1", re.sub(r"\b(\w+\.)+(?=\w)", "", name))
+    bounds = [
+        f"{sign} {getattr(rule, attribute)}"
+        for rule in field.metadata
+        for attribute, sign in _BOUNDS.items()
+        if getattr(rule, attribute, None) is not None
+    ]
+    return " ".join([name, *bounds])
