@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Post-training of language models by reinforcement learning, written as three plain Python functions.
+
+The names below are loaded when they are first used, so `import chatlearn` is quick and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chatlearn.config import Config, init
+    from chatlearn.engine import Engine, EvalEngine
+    from chatlearn.errors import ChatLearnError, ConfigError, FlowError, ModuleError
+    from chatlearn.executors import Environment, Evaluator, Trainer
+    from chatlearn.flow.trace import ControlDependencies
+    from chatlearn.module import BaseModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaseModule",
+    "ChatLearnError",
+    "Config",
+    "ConfigError",
+    "ControlDependencies",
+    "Engine",
+    "Environment",
+    "EvalEngine",
+    "Evaluator",
+    "FlowError",
+    "ModuleError",
+    "Trainer",
+    "__version__",
+    "init",
+]
+
+_HOME = {
+    "BaseModule": "chatlearn.module",
+    "ChatLearnError": "chatlearn.errors",
+    "Config": "chatlearn.config",
+    "ConfigError": "chatlearn.errors",
+    "ControlDependencies": "chatlearn.flow.trace",
+    "Engine": "chatlearn.engine",
+    "Environment": "chatlearn.executors",
+    "EvalEngine": "chatlearn.engine",
+    "Evaluator": "chatlearn.executors",
+    "FlowError": "chatlearn.errors",
+    "ModuleError": "chatlearn.errors",
+    "Trainer": "chatlearn.executors",
+    "init": "chatlearn.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'chatlearn' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
