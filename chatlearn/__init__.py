@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-training of language models by reinforcement learning, written as three plain Python functions.
+"""Post-train language models by reinforcement learning, written as three plain functions.
 
-The names below are loaded when they are first used, so `import chatlearn` is quick and imports no torch.
+The names below load when they are first used, so `import chatlearn` is quick, without torch.
 """
 
 from __future__ import annotations

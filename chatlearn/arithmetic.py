@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of episodes: how many prompts, samples, updates and micro-batches a configuration means.
+"""The arithmetic of episodes: how many prompts, samples and updates a configuration means.
 
-Pure functions of `RuntimeConfig` and the size of the dataset; the engine takes its numbers from here, and
-`chatlearn explain` prints them.
+Pure functions of `RuntimeConfig` and the size of the dataset; the engine takes its numbers from
+here, and `chatlearn explain` prints them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class EpisodePlan:
     """The numbers of one episode, when every module returns as many samples as it gets.
 
     Example:
-        >>> plan = episode_plan(RuntimeConfig(sample_per_episode=512, num_inference_per_prompt=8,
-        ...                                   train_global_batch_size=128, train_micro_batch_size=8), 1000)
-        >>> print(plan.describe())
+        >>> runtime = RuntimeConfig(sample_per_episode=512, num_inference_per_prompt=8,
+        ...                         train_global_batch_size=128, train_micro_batch_size=8)
+        >>> print(episode_plan(runtime, 1000).describe())
         1 episode = 64 prompts x 8 = 512 samples = 4 updates x 16 micro-batches of 8
     """
 
@@ -127,22 +127,24 @@ class RunPlan:
 
     def describe(self) -> str:
         """Say the episode and the run, a line each."""
-        lines = [
-            self.episode.describe(),
-            f"1 run = {_count(self.episodes, 'episode')} = {_count(self.samples, 'sample')}"
-            f" = {_count(self.updates, 'update')}",
+        counts = [
+            _count(self.episodes, "episode"),
+            _count(self.samples, "sample"),
+            _count(self.updates, "update"),
         ]
+        lines = [self.episode.describe(), f"1 run = {' = '.join(counts)}"]
         if self.dataset_passes is not None:
             passes = f"{self.dataset_passes:.2f}".rstrip("0").rstrip(".")
+            noun = "pass" if passes == "1" else "passes"
             lines.append(
-                f"{_count(self.prompts, 'prompt')} = {passes} {'pass' if passes == '1' else 'passes'}"
-                f" over a dataset of {self.dataset_size}"
+                f"{_count(self.prompts, 'prompt')} = {passes} {noun} over a dataset of "
+                f"{self.dataset_size}"
             )
         return "\n".join(lines)
 
 
 def episode_plan(runtime: RuntimeConfig, dataset_size: int | None) -> EpisodePlan:
-    """Work out one episode; `dataset_size` (prompts) may be None where `sample_per_episode` is set."""
+    """Work out one episode; `dataset_size` may be None where `sample_per_episode` is set."""
     group = runtime.num_inference_per_prompt
     samples = _episode_samples(runtime, dataset_size)
     step = runtime.train_global_batch_size or samples
@@ -151,8 +153,8 @@ def episode_plan(runtime: RuntimeConfig, dataset_size: int | None) -> EpisodePla
     steps = samples // step if runtime.incomplete_step == "drop_last" else ceil(samples / step)
     if steps == 0:
         raise ConfigError(
-            f"no update is ever full: train_global_batch_size={step} exceeds the episode's {samples}"
-            " samples, and incomplete_step is 'drop_last'",
+            f"no update is ever full: train_global_batch_size={step} exceeds the episode's "
+            f"{samples} samples, and incomplete_step is 'drop_last'",
             place="runtime.train_global_batch_size",
             fix=f"use {samples} or less, or incomplete_step 'fill' or 'keep'",
         )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed configuration: `chatlearn.init`, YAML, overrides, and who set each value. Imports no torch.
 
-A value is set by, each overruling the one before: the default, the constructor of a module (`code`), included YAML
-files, the YAML file (`grpo.yaml:3`) or dict (`code`), the overrides of `init` (`override`), the command line.
+A value is set by, each overruling the one before: the default, the constructor of a module
+(`code`), included YAML files, the YAML file (`grpo.yaml:3`) or dict (`code`), the overrides of
+`init` (`override`), the `command line`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -62,7 +63,7 @@ __all__ = [
 
 
 class ModuleConfig(BaseModel):
-    """Fields of `models.<name>` that every module has; a module class adds its own by deriving from this."""
+    """Fields of `models.<name>` that every module has; a module class derives from this."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -97,7 +98,7 @@ class RuntimeConfig(BaseModel):
     num_episode: int = Field(default=1, ge=0)
     """Rounds of env flow and trainer flow."""
     sample_per_episode: int | None = Field(default=None, ge=1)
-    """Samples of one episode after repetition; None takes every prompt once, repeated as a group."""
+    """Samples of one episode after repetition; None takes every prompt once, as a group."""
     num_inference_per_prompt: int = Field(default=1, ge=1)
     """Samples of one prompt: the group size."""
     train_global_batch_size: int | None = Field(default=None, ge=1)
@@ -110,8 +111,10 @@ class RuntimeConfig(BaseModel):
     """Folder of the run (metrics, report, checkpoints, model); None writes nothing."""
     seed: int = 0
     """Seed of sampling, shuffles and initial weights."""
-    resume: Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)] = "never"
-    """`never`, `auto` (the newest whole checkpoint of `output_dir`, if any) or the path of a checkpoint."""
+    resume: Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)] = (
+        "never"
+    )
+    """`never`, `auto` (the newest whole checkpoint of `output_dir`) or the path of one."""
     save_episode_interval: int | None = Field(default=None, ge=1)
     """Episodes between two checkpoints; None saves only when the run ends or is interrupted."""
     eval_episode_interval: int = Field(default=1, ge=1)
@@ -121,7 +124,7 @@ class RuntimeConfig(BaseModel):
     num_training_epoch: int = Field(default=1, ge=1)
     """Passes of the trainer flow over the samples of an episode."""
     incomplete_step: Literal["fill", "drop_last", "keep"] = "fill"
-    """What becomes of a rest smaller than a global batch: filled with the episode's first samples, dropped or kept."""
+    """Whether a rest smaller than a global batch is filled with first samples, dropped or kept."""
     data_shuffle: bool = False
     """Whether to reshuffle the dataset on every pass."""
     data_ratio: list[PositiveInt] | None = None
@@ -146,7 +149,7 @@ class RuntimeConfig(BaseModel):
             below, above = samples // group * group, (samples // group + 1) * group
             raise contradiction(
                 "sample_per_episode",
-                f"sample_per_episode={samples} is not a multiple of num_inference_per_prompt={group}",
+                f"sample_per_episode={samples} is no multiple of num_inference_per_prompt={group}",
                 f"use {below} or {above}" if below else f"use {above}",
             )
         micro, step = self.train_micro_batch_size, self.train_global_batch_size
@@ -156,19 +159,18 @@ class RuntimeConfig(BaseModel):
                 f"train_micro_batch_size={micro} is larger than train_global_batch_size={step}",
                 f"use {step} or less",
             )
-        if self.resume not in ("auto", "never") and (
-            not self.resume or (meant := closest(self.resume.lower(), ("auto", "never")))
-        ):
+        meant = closest(self.resume.lower(), ("auto", "never"))
+        if self.resume not in ("auto", "never") and (meant or not self.resume):
             raise contradiction(
                 "resume",
                 f"resume={self.resume!r} is neither 'auto', 'never' nor the path of a checkpoint",
-                f"did you mean {meant!r}?" if self.resume else "use 'never' to start afresh",
+                f"did you mean {meant or 'never'!r}?",
             )
         return self
 
 
 class Config:
-    """The configuration of a run: the validated `runtime`, and `module()` for each module of the flows."""
+    """The configuration of a run: the validated `runtime`, and `module()` for each module."""
 
     def __init__(self, layer: Layer, source: Path | None = None) -> None:
         """Interpolate and validate `layer`; `source` is the YAML file it came from."""
@@ -192,7 +194,9 @@ class Config:
                 problems.append(self._not_a_section(("models", str(name)), value))
         script = values.get("script")
         if script is not None and not isinstance(script, str):
-            problems.append(Problem(f"script is {script!r}, expected a path", self._place(("script",)), ""))
+            problems.append(
+                Problem(f"script is {script!r}, expected a path", self._place(("script",)), "")
+            )
         self.script = Path(script) if isinstance(script, str) else None
         """The script that a recipe runs."""
         try:
@@ -225,9 +229,13 @@ class Config:
         )
 
     def provenance(self, path: str) -> str:
-        """Tell who set the value at `path`: `default`, `code`, `grpo.yaml:3`, `override` or `command line`."""
+        """Tell who set `path`: `default`, `code`, `grpo.yaml:3`, `override` or `command line`."""
         keys = tuple(path.split("."))
-        parts = [other for other in self._origins if len(other) > len(keys) and other[: len(keys)] == keys]
+        parts = [
+            other
+            for other in self._origins
+            if len(other) > len(keys) and other[: len(keys)] == keys
+        ]
         if parts:  # a mapping, whose parts may have been set in different places
             places = {self._origins[p]: None for p in parts if not any(q[:-1] == p for q in parts)}
             return ", ".join(places)
@@ -286,7 +294,9 @@ _session = _Session()
 def init(
     config: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """Set and return the active configuration: a YAML path, a dict or nothing, plus `"runtime.num_episode=3"` strings.
+    """Set and return the active configuration, from a YAML path, a dict or nothing.
+
+    `overrides` are strings such as `"runtime.num_episode=3"`.
 
     Example:
         >>> init({"runtime": {"num_episode": 2}}, ["runtime.seed=7"]).runtime.seed
@@ -317,7 +327,7 @@ def active() -> Config:
 
 
 @contextmanager
-def command_line(overrides: Sequence[str] = (), recipe: Path | None = None) -> Iterator[None]:
+def command_line(overrides: Sequence[str] = (), recipe: Path | None = None) -> Generator[None]:
     """Within the block, every `init` ends with `overrides`, and a bare one reads `recipe`."""
     before = (_session.config, _session.recipe, _session.overrides)
     _session.config, _session.recipe, _session.overrides = None, recipe, tuple(overrides)
@@ -328,7 +338,7 @@ def command_line(overrides: Sequence[str] = (), recipe: Path | None = None) -> I
 
 
 def plain(value: Any) -> Any:
-    """Reduce a value to what JSON and YAML can hold: paths as text, callables as their qualified names."""
+    """Reduce a value to what JSON and YAML hold: paths as text, callables as their names."""
     if value is None or isinstance(value, bool | int | float | str):
         return value.value if isinstance(value, Enum) else value
     if isinstance(value, BaseModel):
@@ -345,7 +355,9 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, functools.partial):
         return plain(cast(Any, value).func)
-    named = value if hasattr(value, "__qualname__") else type(value)
-    if named is value or type(value).__repr__ is object.__repr__ or callable(value):
-        return f"{named.__module__}.{named.__qualname__}"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    kind = cast(Any, type(value))
+    if kind.__repr__ is object.__repr__ or callable(value):
+        return f"{kind.__module__}.{kind.__qualname__}"
     return str(value)[:200]

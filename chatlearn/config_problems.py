@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn what pydantic found wrong into errors that name the key, the place and the way out, all at once."""
+"""Turn what pydantic found wrong into errors that name key, place and way out, all at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -17,6 +18,7 @@ from chatlearn.config_sources import KeyPath
 from chatlearn.errors import ConfigError
 
 PlaceOf = Callable[[KeyPath], str]
+_SIMPLE: tuple[Any, ...] = (int, float, str, bool, dict, list, Path)
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 
 
@@ -33,7 +35,7 @@ def contradiction(field: str, cause: str, fix: str) -> PydanticCustomError:
     """Build what a `model_validator` raises when `field` contradicts another one.
 
     Example:
-        >>> raise contradiction("top_k", "top_k=0 selects nothing", "give 1 or more, or leave it out")
+        >>> raise contradiction("top_k", "top_k=0 selects nothing", "give 1 or more")
     """
     return PydanticCustomError(
         "contradiction", "{cause}; {fix}", {"field": field, "cause": cause, "fix": fix}
@@ -116,7 +118,7 @@ def _hint(detail: ErrorDetails) -> str:
 
 
 def _inner_path(detail: ErrorDetails, model: type[BaseModel]) -> KeyPath:
-    """Keep the part of pydantic's location that is keys of the user; the rest names branches of a union."""
+    """Keep the part of pydantic's location that is the user's keys, not branches of a union."""
     path: list[str] = []
     owner: type[BaseModel] | None = model
     for step in detail["loc"]:
@@ -163,7 +165,7 @@ def _expected(model: type[BaseModel], path: KeyPath) -> str:
     if literals:
         return f"one of {', '.join(map(repr, literals))}"
     annotation = field.annotation
-    name = annotation.__name__ if type(annotation) is type else str(annotation)
+    name = getattr(annotation, "__name__", "") if annotation in _SIMPLE else str(annotation)
     name = re.sub(r"Annotated\[(\w+), .*?\]", r"\1", re.sub(r"\b(\w+\.)+(?=\w)", "", name))
     bounds = [
         f"{sign} {getattr(rule, attribute)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where configuration comes from: YAML files with includes, dicts and `key=value` strings, and who set each key."""
+"""Where configuration comes from: YAML files, dicts and `key=value` strings; who set each key."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def read_file(path: Path, including: tuple[Path, ...] = ()) -> Layer:
         )
     text = _read_text(path, including)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _compose(text)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise ConfigError(
-                f"a configuration file holds keys and values, not a {root.id}",
+                f"a configuration file holds keys and values, not a {root.tag.rpartition(':')[2]}",
                 place=f"{label}:{root.start_mark.line + 1}",
                 fix="start with `runtime:` or `models:`",
             )
-        conf = cast(DictConfig, OmegaConf.create(text if root is not None else {}))
+        conf = cast(DictConfig, OmegaConf.create("{}" if root is None else text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(
@@ -118,7 +118,7 @@ def merge(layers: Sequence[Layer]) -> Layer:
 
 
 def resolve(layer: Layer) -> dict[str, Any]:
-    """Carry out the interpolations (`${runtime.seed}`, `${env:NAME,default}`) and return plain values."""
+    """Carry out interpolations (`${runtime.seed}`, `${env:NAME,default}`); return plain values."""
     _register_env_resolver()
     try:
         return cast(dict[str, Any], OmegaConf.to_container(layer.conf, resolve=True))
@@ -138,9 +138,7 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         below = merged.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            merged[key] = overlay(
-                cast(Mapping[str, Any], below), cast(Mapping[str, Any], value)
-            )
+            merged[key] = overlay(cast(Mapping[str, Any], below), cast(Mapping[str, Any], value))
         else:
             merged[key] = value
     return merged
@@ -162,6 +160,11 @@ def _read_text(path: Path, including: tuple[Path, ...]) -> str:
             place=place,
             fix="a path is relative to the working directory, in `include` to the including file",
         ) from error
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Parse the tree of nodes, which know their lines."""
+    return cast("yaml.Node | None", cast(Any, yaml).compose(text, Loader=yaml.SafeLoader))
 
 
 def _pop_includes(layer: Layer, file: Path) -> list[Path]:
@@ -190,9 +193,7 @@ def _yaml_origins(node: yaml.MappingNode, label: str, above: KeyPath) -> dict[Ke
     return origins
 
 
-def _mapping_origins(
-    values: Mapping[str, Any], origin: str, above: KeyPath
-) -> dict[KeyPath, str]:
+def _mapping_origins(values: Mapping[str, Any], origin: str, above: KeyPath) -> dict[KeyPath, str]:
     origins: dict[KeyPath, str] = {}
     for key, value in values.items():
         path = (*above, str(key))
@@ -208,7 +209,7 @@ def code_origins(settings: Mapping[str, Any], above: KeyPath) -> dict[KeyPath, s
 
 
 def _label(path: Path) -> str:
-    """Name a file as short as it stays unambiguous: relative to the working directory if it lies below it."""
+    """Name a file relative to the working directory if it lies below it."""
     cwd = Path.cwd()
     return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
 

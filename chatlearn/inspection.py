@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stop a user's script at its first `learn()` or `eval()`, so that a command can look at the engine instead.
+"""Stop a user's script at its first `learn()` or `eval()` so that a command can look at the engine.
 
-The command acts while the script's own `__main__` is still there, and an `except Exception` of the script cannot
-swallow the stop.
+The command acts while the script's own `__main__` is still there, and an `except Exception` of the
+script cannot swallow the stop.
 
 Example:
     >>> with inspecting(lambda subject: subject.check()):
-    ...     runpy.run_path("script.py", run_name="__main__")  # ends with `Inspection` at `engine.learn()`
+    ...     runpy.run_path("script.py", run_name="__main__")  # raises `Inspection` at `learn()`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +22,7 @@ _action: ContextVar[Action | None] = ContextVar("chatlearn_inspection", default=
 
 
 class Inspection(BaseException):
-    """Carry the engine or evaluator that the script was about to run, and what the command made of it."""
+    """Carry the engine or evaluator that was about to run, and what the command made of it."""
 
     def __init__(self, subject: Any, result: Any = None, error: Exception | None = None) -> None:
         super().__init__(f"stopped at {type(subject).__name__}")
@@ -33,8 +33,8 @@ class Inspection(BaseException):
 
 
 @contextmanager
-def inspecting(action: Action = lambda subject: subject) -> Iterator[None]:
-    """Within the block, the first `intercept` calls `action` on its subject and raises `Inspection`."""
+def inspecting(action: Action = lambda subject: subject) -> Generator[None]:
+    """Within the block, `intercept` calls `action` on its subject and raises `Inspection`."""
     token = _action.set(action)
     try:
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that every relative link, and every path in backticks, of the documentation leads somewhere.
+"""Check that every relative link and every path in backticks of the documents leads somewhere.
 
 Run it as `python docs/check.py`; it lists what leads nowhere and exits with 1.
 """
