@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who learns: one optimisation step, its batches, its models and its schedule."""
+"""Who learns: log-probs of responses, micro-batches by a token budget, the optimiser, one train step."""
