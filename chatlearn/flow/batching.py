@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split, merge, join and pad batches. Pure functions; a batch is a plain dict of columns, batch first.
+
+A column is a tensor whose first dimension is the batch, or a list with one entry per sample. Samples keep their
+order through every function here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from chatlearn.errors import BatchError
+
+Column = Tensor | list[Any]
+Batch = dict[str, Column]
+Padding = Mapping[str, tuple[float, Literal["left", "right"]]]
+
+
+def normalise(output: object, place: str) -> Batch:
+    """Return what a step method returned as a batch: tuples become lists, numeric arrays tensors.
+
+    Raises:
+        BatchError: it is no dict of columns, or its columns disagree in their number of samples.
+    """
+    if not isinstance(output, Mapping):
+        raise BatchError(
+            f"a step must return a dict of columns or nothing, not {type(output).__name__}",
+            place=place,
+            fix='return e.g. {"rewards": rewards}, one entry per sample in every column',
+        )
+    batch: Batch = {}
+    for key, value in cast("Mapping[Any, Any]", output).items():
+        if not isinstance(key, str):
+            raise BatchError(f"column names are strings, not {key!r}", place=place)
+        batch[key] = _column(key, value, place)
+    sizes = {key: len(column) for key, column in batch.items()}
+    if len(set(sizes.values())) > 1:
+        raise BatchError(
+            f"columns disagree in their number of samples: {sizes}",
+            place=place,
+            fix="every column holds one entry per sample, batch first",
+        )
+    return batch
+
+
+def _column(key: str, value: Any, place: str) -> Column:
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return value
+    if isinstance(value, list):
+        return cast("list[Any]", value)
+    if isinstance(value, tuple):
+        return list(cast("tuple[Any, ...]", value))
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 0) > 0:
+        return torch.as_tensor(value) if value.dtype.kind in "biuf" else list(value)
+    raise BatchError(
+        f"column {key!r} is a {type(value).__name__}, which is no column",
+        place=place,
+        fix="a column is a tensor with the batch as its first dimension, or a list; "
+        "share single values with module.put(key, value)",
+    )
+
+
+def size(batch: Batch) -> int:
+    """Return the number of samples (0 for a batch without columns)."""
+    return len(next(iter(batch.values()))) if batch else 0
+
+
+def take(batch: Batch, start: int, stop: int) -> Batch:
+    """Return samples `start` to `stop`; tensors are views."""
+    return {key: column[start:stop] for key, column in batch.items()}
+
+
+def select(batch: Batch, indices: Sequence[int]) -> Batch:
+    """Return the samples at `indices`, in that order."""
+    where = torch.tensor(indices, dtype=torch.long)
+    return {
+        key: column[where] if isinstance(column, Tensor) else [column[i] for i in indices]
+        for key, column in batch.items()
+    }
+
+
+def merge(batches: Sequence[Batch], place: str = "") -> Batch:
+    """Append batches in order. Tensors of unequal shape become a list of one tensor per sample.
+
+    Raises:
+        BatchError: the batches have different columns.
+    """
+    if len(batches) == 1:
+        return dict(batches[0])
+    if not batches:
+        return {}
+    keys = batches[0].keys()
+    for other in batches[1:]:
+        if other.keys() != keys:
+            raise BatchError(
+                f"columns differ between calls of one node: {sorted(keys ^ other.keys())}",
+                place=place,
+                fix="return the same columns from every call",
+            )
+    return {key: _append([batch[key] for batch in batches]) for key in keys}
+
+
+def _append(columns: list[Column]) -> Column:
+    tensors = [column for column in columns if isinstance(column, Tensor)]
+    if len(tensors) == len(columns) and len({t.shape[1:] for t in tensors}) == 1:
+        return torch.cat(tensors)
+    return [sample for column in columns for sample in column]
+
+
+def join(inputs: Sequence[tuple[str, Batch]], place: str) -> Batch:
+    """Merge a node's inputs, sample by sample, in argument order; on equal keys the later input wins.
+
+    Args:
+        inputs: name of the source and its batch, in argument order.
+        place: the node, for the error.
+
+    Raises:
+        BatchError: the inputs disagree in their number of samples.
+    """
+    joined: Batch = {}
+    counts = {name: size(batch) for name, batch in inputs if batch}
+    if len(set(counts.values())) > 1:
+        raise BatchError(
+            f"inputs disagree in their number of samples: {counts}",
+            place=place,
+            fix="a step returns one entry per sample it got; a filter declares filters_samples = True",
+        )
+    for _, batch in inputs:
+        joined.update(batch)
+    return joined
+
+
+def samples(batch: Batch) -> list[dict[str, Any]]:
+    """Return one dict per sample."""
+    return [{key: column[i] for key, column in batch.items()} for i in range(size(batch))]
+
+
+def collate(rows: Sequence[Any]) -> Batch:
+    """Make a batch of samples that are dicts: numbers and equal-shaped tensors are stacked, the rest stays a list.
+
+    Raises:
+        BatchError: a sample is no dict, or the samples have different columns.
+    """
+    if not rows:
+        return {}
+    first = rows[0]
+    for row in rows:
+        if not isinstance(row, dict):
+            raise BatchError(
+                f"a dataset's sample must be a dict, not {type(row).__name__}",
+                fix="return a dict from __getitem__, or give the dataset a collate_fn",
+            )
+        if cast("dict[str, Any]", row).keys() != first.keys():
+            raise BatchError(f"samples have different columns: {sorted(first)} and {sorted(row)}")
+    return {key: stack([row[key] for row in rows]) for key in first}
+
+
+def stack(values: list[Any]) -> Column:
+    """Make a column of one value per sample: a tensor where the values are numbers or equal-shaped tensors."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        tensors = all(isinstance(v, Tensor) and v.shape == first.shape for v in values)
+        return torch.stack(values) if tensors else values
+    kinds: set[type] = {type(value) for value in values}
+    if kinds == {bool}:
+        return torch.tensor(values)
+    if kinds == {int} and all(-(2**63) <= value < 2**63 for value in values):
+        return torch.tensor(values)
+    if float in kinds and kinds <= {float, int}:
+        return torch.tensor(values, dtype=torch.float64)  # as torch's own collation does
+    return values
+
+
+def pad(batch: Batch, padding: Padding) -> Batch:
+    """Pad the ragged columns named in `padding` to the longest sample: `[B, T]` tensors."""
+    for key, (value, side) in padding.items():
+        column = batch.get(key)
+        if isinstance(column, list) and column:
+            rows = [torch.as_tensor(row) for row in column]
+            batch[key] = torch.nn.utils.rnn.pad_sequence(
+                rows, batch_first=True, padding_value=value, padding_side=side
+            )
+    return batch
+
+
+def isolate(batch: Batch) -> Batch:
+    """Return a batch that shares nothing mutable with `batch`, so that a module may change what it gets."""
+    return {
+        key: column.clone() if isinstance(column, Tensor) else [_copy(value) for value in column]
+        for key, column in batch.items()
+    }
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.deepcopy(value) if isinstance(value, dict | list | set) else value

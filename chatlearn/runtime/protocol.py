@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What passes between the scheduler and a driver: events in, commands out. Plain integers, no tensors, no clock.
+
+Example:
+    The scheduler says `Call(id=7, node=NodeSpec(policy.forward_step), replica=0, start=8, stop=16, ...)`; the driver
+    fetches the inputs, calls the method and answers `Finished(7)`, whereupon the scheduler says what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chatlearn.flow.steps import Step
+from chatlearn.module import BatchBy
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """What the scheduler knows of a node; `inputs` and `after` name nodes of the same flow (`FEED` = the batch)."""
+
+    index: int
+    name: str
+    module: str
+    method: str
+    inputs: tuple[int, ...]
+    after: tuple[int, ...] = ()
+    batch_size: int | None = None
+    """Samples per call at most; None puts everything into one call."""
+    batch_by: BatchBy = "sample"
+    filters: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples `start` to `stop` of what call `call` returned (of the feed, if `call` is `FEED`)."""
+
+    call: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """Command: call `node` on replica `replica` with the joined `inputs`; answer `Finished` or `Failed`."""
+
+    id: int
+    node: NodeSpec
+    replica: int
+    iteration: int
+    inputs: tuple[tuple[Piece, ...], ...]
+    """Per input of the node, the pieces that make up its samples, in order (for a train step: whole calls)."""
+    uids: Sequence[int]
+    priority: tuple[int, ...]
+    """A driver that can run one call at a time takes the smallest first."""
+    step: Step | None = None
+    """The global batch, for nodes of a trainer flow."""
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Command: append the joined `inputs` to the samples that the trainer flow (or the caller) receives."""
+
+    start: int
+    stop: int
+    inputs: tuple[tuple[Piece, ...], ...]
+    uids: Sequence[int]
+
+
+Command = Call | Deliver
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Event: a call returned. `kept` are the offsets of the samples a filter let through, else None."""
+
+    call: int
+    kept: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Event: a call raised, or its replica died."""
+
+    call: int
+
+
+@dataclass(frozen=True)
+class ReplicaJoined:
+    """Event: a replica can take calls."""
+
+    module: str
+    replica: int
+
+
+@dataclass(frozen=True)
+class ReplicaLeft:
+    """Event: a replica takes no further calls."""
+
+    module: str
+    replica: int
+
+
+Event = Finished | Failed | ReplicaJoined | ReplicaLeft

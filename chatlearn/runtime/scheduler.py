@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler: decides what runs when, and does nothing itself. Events in, commands out.
+
+::
+
+        Finished, Failed, ReplicaJoined, ReplicaLeft                      Call, Deliver
+    driver ------------------------------------------> Scheduler ------------------------> driver
+                                                        |     |
+                       env/eval flow: samples, in order v     v trainer flow: global batches, in order
+                                              FlowRun --Deliver--> StepSource --> StepRun
+
+A finished call unblocks the nodes that overlap its samples (`FlowRun`); samples that left the environment flow, in
+order, become train steps (`StepSource`), which unblock the trainer's nodes (`StepRun`). A call that may start waits
+in its module's queue until a replica is free; the free replica that has done the least work takes it. There are no
+threads, no clock and no tensors here: every backend, and a test, drives the same code.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from chatlearn.errors import EngineError
+from chatlearn.flow.steps import StepSource
+from chatlearn.runtime.flow_run import FlowRun, Task
+from chatlearn.runtime.protocol import (
+    Call,
+    Command,
+    Deliver,
+    Event,
+    Failed,
+    Finished,
+    NodeSpec,
+    ReplicaJoined,
+    ReplicaLeft,
+)
+from chatlearn.runtime.step_run import StepRun, StepTask
+
+Iterations = Counter[tuple[str, str]]
+"""How often each (module, method) has been called; goes on over episodes and resume."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What enters the environment (or evaluation) flow: a uid per sample, and the group each belongs to."""
+
+    uids: Sequence[int]
+    groups: Sequence[int]
+
+
+class _Replicas:
+    """The replicas of one module: who is free, and how much each has done."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self.work: dict[int, int] = dict.fromkeys(ids, 0)
+        self.free: set[int] = set(self.work)
+
+    def take(self, samples: int) -> int:
+        replica = min(self.free, key=lambda r: (self.work[r], r))
+        self.free.remove(replica)
+        self.work[replica] += samples
+        return replica
+
+
+class Scheduler:
+    """Run one episode: an environment flow over samples, a trainer flow over the steps cut from them, or one of both.
+
+    Args:
+        replicas: replica ids per module name.
+        iterations: call counts so far; updated in place.
+        flow: nodes of the environment or evaluation flow, with the returned nodes and the samples to run.
+        trainer: nodes of the trainer flow, with the source of its steps; without a flow the source must be filled
+            by `deliver`.
+
+    Example:
+        >>> scheduler = Scheduler({"policy": [0]}, Counter(), flow=(specs, outputs, samples))
+        >>> commands = scheduler.start()
+        >>> while commands:
+        ...     commands = [c for call in commands for c in scheduler.on(carry_out(call))]
+    """
+
+    def __init__(
+        self,
+        replicas: Mapping[str, Sequence[int]],
+        iterations: Iterations,
+        *,
+        flow: tuple[Sequence[NodeSpec], Sequence[int], Samples] | None = None,
+        trainer: tuple[Sequence[NodeSpec], StepSource] | None = None,
+    ) -> None:
+        self._replicas = {name: _Replicas(ids) for name, ids in replicas.items()}
+        self._iterations = iterations
+        self._queues: dict[str, list[tuple[tuple[int, ...], int, Task | StepTask]]] = {}
+        self._running: dict[int, tuple[Call, Task | StepTask]] = {}
+        self._next_call = 0
+        self._queued = 0
+        self._failed = False
+        self.flow = FlowRun(flow[0], flow[1], flow[2].uids, flow[2].groups) if flow else None
+        self._source = trainer[1] if trainer else None
+        self.training = StepRun(trainer[0]) if trainer else None
+        self._source_closed = False
+
+    def start(self) -> list[Command]:
+        """Return the first commands."""
+        if self.flow is not None:
+            self._enqueue(self.flow.start())
+        return list(self._commands())
+
+    def deliver(self, samples: int) -> list[Command]:
+        """Train on `samples` samples that did not come from a flow of this scheduler."""
+        if self._source is not None and self.training is not None:
+            steps = [*self._source.extend(samples), *self._source.close()]
+            self._source_closed = True
+            self._enqueue(self.training.extend(steps))
+            self.training.close()
+        return list(self._commands())
+
+    def on(self, event: Event) -> list[Command]:
+        """Take an event and return the commands that follow from it."""
+        if isinstance(event, Finished):
+            self._finish(event)
+        elif isinstance(event, Failed):
+            self._failed = True
+            self._running.pop(event.call)
+        elif isinstance(event, ReplicaJoined):
+            replicas = self._replicas.setdefault(event.module, _Replicas(()))
+            replicas.work[event.replica] = max(replicas.work.values(), default=0)
+            replicas.free.add(event.replica)
+        else:
+            self._leave(event)
+        return list(self._commands())
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was to run has finished."""
+        flow_done = self.flow is None or self.flow.complete
+        return flow_done and (self.training is None or self.training.complete)
+
+    @property
+    def calls(self) -> int:
+        """How many calls have been made."""
+        return self._next_call
+
+    def _finish(self, event: Finished) -> None:
+        call, task = self._running.pop(event.call)
+        replicas = self._replicas[call.node.module]
+        if call.replica in replicas.work:
+            replicas.free.add(call.replica)
+        if isinstance(task, Task):
+            assert self.flow is not None
+            self._enqueue(self.flow.finish(task, call.id, event.kept))
+        else:
+            assert self.training is not None
+            self._enqueue(self.training.finish(task, call.id))
+
+    def _leave(self, event: ReplicaLeft) -> None:
+        replicas = self._replicas[event.module]
+        replicas.work.pop(event.replica, None)
+        replicas.free.discard(event.replica)
+        if not replicas.work:
+            raise EngineError(
+                f"the last replica of module {event.module!r} left",
+                fix="resume from the last checkpoint with runtime.resume=auto",
+            )
+
+    def _enqueue(self, tasks: Iterator[Task] | Iterator[StepTask]) -> None:
+        for task in tasks:
+            if isinstance(task, Task):
+                assert self.flow is not None
+                # Deeper nodes first: an episode streams, and its early groups can train while others generate.
+                spec, priority = self.flow.nodes[task.node].spec, (1, -task.node, task.start)
+            else:
+                assert self.training is not None
+                spec, priority = self.training.nodes[task.node], (0, task.step.index, task.node)
+            queue = self._queues.setdefault(spec.module, [])
+            heapq.heappush(queue, (priority, self._queued, task))
+            self._queued += 1
+
+    def _commands(self) -> Iterator[Command]:
+        if self._failed:
+            return
+        yield from self._deliveries()
+        for module, queue in self._queues.items():
+            replicas = self._replicas[module]
+            while queue and replicas.free:
+                priority, _, task = heapq.heappop(queue)
+                yield self._call(task, priority, replicas)
+
+    def _deliveries(self) -> Iterator[Deliver]:
+        if self.flow is None:
+            return
+        new = self.flow.newly_delivered()
+        if new is not None:
+            yield Deliver(*new)
+            if self._source is not None and self.training is not None:
+                self._enqueue(self.training.extend(self._source.extend(new[1] - new[0])))
+        if self._source is not None and self.training is not None and self.flow.complete:
+            if not self._source_closed:
+                self._source_closed = True
+                self._enqueue(self.training.extend(self._source.close()))
+                self.training.close()
+
+    def _call(self, task: Task | StepTask, priority: tuple[int, ...], replicas: _Replicas) -> Call:
+        if isinstance(task, Task):
+            assert self.flow is not None
+            spec, inputs, uids = self.flow.nodes[task.node].spec, self.flow.inputs(task), self.flow.uids(task)
+            size, step = task.stop - task.start, None
+        else:
+            assert self.training is not None
+            spec, inputs, uids = self.training.nodes[task.node], self.training.inputs(task), ()
+            size, step = sum(map(len, task.step.micro_batches)), task.step
+        key = (spec.module, spec.method)
+        iteration = self._iterations[key]
+        self._iterations[key] += 1
+        call = Call(
+            self._next_call, spec, replicas.take(size), iteration, inputs, uids, priority, step
+        )
+        self._next_call += 1
+        self._running[call.id] = (call, task)
+        return call
