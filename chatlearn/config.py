@@ -281,7 +281,7 @@ class Config:
 
 @dataclass
 class _Session:
-    """What `init` set and what the command line brought; one per process, seen by all of its threads."""
+    """What `init` set and what the command line brought; one per process, for all its threads."""
 
     config: Config | None = None
     recipe: Path | None = None

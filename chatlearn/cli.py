@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: run | check | graph | explain | eval | report.
+
+What is heavy is imported inside the command that needs it, so that `chatlearn --help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
+
+import typer
+
+from chatlearn import __version__
+from chatlearn.errors import ChatLearnError, ConfigError, ModuleError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+
+    from chatlearn.config import Config
+    from chatlearn.flow.graph import FlowGraph
+    from chatlearn.module import BaseModule
+
+app = typer.Typer(
+    help="Post-train language models by reinforcement learning, written as three plain functions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Target = Annotated[Path, typer.Argument(help="A script, or a YAML recipe that names one.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="For example runtime.num_episode=3."),
+]
+
+
+class Checked(Protocol):
+    """What the `check()` of an engine or an evaluator found, without loading weights."""
+
+    @property
+    def graphs(self) -> Mapping[str, FlowGraph]:
+        """The traced flows by name."""
+        ...
+
+    @property
+    def modules(self) -> Sequence[BaseModule]:
+        """The modules of all flows."""
+        ...
+
+    @property
+    def dataset_size(self) -> int | None:
+        """Prompts of the dataset, if it has a length."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[ChatLearnError]:
+        """What would stop a run."""
+        ...
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what follows `--` goes to the script."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
+    app(args=given[:end], prog_name="chatlearn", obj=tuple(given[end + 1 :]))
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Post-train language models by reinforcement learning, written as three plain functions."""
+    if version:
+        typer.echo(f"chatlearn {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
+    """Run a script or recipe; `-- ARGS` go to the script."""
+    with _command(target, overrides) as script:
+        _execute(script, context.obj or ())
+
+
+@app.command()
+def check(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
+    """Trace the flows and validate everything, without loading weights."""
+    with _command(target, overrides) as script:
+        checked: Checked = _inspect(script, context.obj or (), _check)
+        out = _console()
+        for name, graph in checked.graphs.items():
+            calls = " -> ".join(node.name for node in graph.nodes)
+            out.print(f"{name}: {calls}", markup=False, highlight=False, soft_wrap=True)
+        _stop_at(checked.problems)
+        _print_arithmetic(checked)
+        out.print("everything fits together", style="green")
+
+
+@app.command()
+def graph(
+    context: typer.Context,
+    target: Target,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder for the Mermaid and SVG files.")] = Path(
+        "flows"
+    ),
+) -> None:
+    """Draw the flows in the terminal; write them as Mermaid and SVG."""
+    with _command(target, overrides) as script:
+        checked: Checked = _inspect(script, context.obj or (), _check)
+        written: list[Path] = []
+        for name, flow in checked.graphs.items():
+            written += _draw(name, flow, out)
+        typer.echo(f"wrote {', '.join(map(str, written))}" if written else "there are no flows")
+
+
+@app.command()
+def explain(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
+    """Print the arithmetic of the episodes and who set each value."""
+    with _command(target, overrides) as script:
+        checked: Checked = _inspect(script, context.obj or (), _check)
+        _print_arithmetic(checked)
+        _print_values(checked.modules)
+        _stop_at(checked.problems)
+
+
+@app.command("eval")
+def evaluate(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
+    """Evaluate instead of training."""
+    with _command(target, overrides) as script:
+        results = _inspect(script, context.obj or (), lambda subject: subject.eval())
+        for name, batches in results.items():
+            typer.echo(_summary(name, batches))
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+) -> None:
+    """Render report.html of a run folder again."""
+    from chatlearn.observability.report import write_report
+
+    with _errors_reported(run_folder):
+        if not run_folder.is_dir():
+            raise ConfigError(
+                f"there is no run folder {run_folder}", fix="give the `runtime.output_dir` of a run"
+            )
+        typer.echo(f"wrote {write_report(run_folder)}")
+
+
+# Running the user's script
+
+
+@contextmanager
+def _command(target: Path, overrides: Sequence[str] | None) -> Generator[Path]:
+    """Apply the command line's configuration to all that runs within; yield the script."""
+    from chatlearn.config import command_line, init
+
+    recipe = target if target.suffix in (".yaml", ".yml") else None
+    with _errors_reported(target), command_line(overrides or (), recipe):
+        config = init()  # what is malformed is refused before the script does anything
+        script = target if recipe is None else _script_of(config, recipe)
+        with _errors_reported(script):
+            yield script
+
+
+def _script_of(config: Config, recipe: Path) -> Path:
+    if config.script is None:
+        raise ConfigError(
+            "the recipe names no script to run",
+            place=str(recipe),
+            fix="add `script: train.py`, relative to the recipe",
+        )
+    return config.script
+
+
+def _execute(script: Path, arguments: Sequence[str]) -> None:
+    """Run the script as `python script.py arguments` would."""
+    import runpy
+
+    if not script.is_file():
+        raise ConfigError(
+            f"there is no script {script}",
+            place=str(Path.cwd()),
+            fix="give the path of a Python script, or of a recipe (.yaml) with a `script` key",
+        )
+    argv, path = sys.argv, sys.path
+    sys.argv = [str(script), *arguments]
+    sys.path = [str(script.resolve().parent), *sys.path]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.argv, sys.path = argv, path
+
+
+def _inspect(script: Path, arguments: Sequence[str], action: Callable[[Any], Any]) -> Any:
+    """Run the script up to its first `learn()` or `eval()` and return what `action` makes of it."""
+    from chatlearn.inspection import Inspection, inspecting
+
+    try:
+        with inspecting(action):
+            _execute(script, arguments)
+    except Inspection as stopped:
+        if stopped.error is not None:
+            raise stopped.error from stopped.error.__cause__
+        return stopped.result
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
+    raise ConfigError(
+        "the script ended without calling learn() or eval()",
+        place=str(script),
+        fix="call engine.learn(); code under `if __name__ == '__main__':` runs here too",
+    )
+
+
+def _check(subject: Any) -> Checked:
+    return subject.check()
+
+
+# Saying what was found
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=160)
+
+
+@contextmanager
+def _errors_reported(script: Path) -> Generator[None]:
+    """Turn an error into a message and exit code 1; where a module raised, show its traceback."""
+    try:
+        yield
+    except ModuleError as error:
+        _fail_with_traceback(error, script)
+    except ChatLearnError as error:
+        _print_error(error)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - the script's own error, shown as Python shows it
+        _fail_with_traceback(error, script)
+
+
+def _fail_with_traceback(error: Exception, script: Path) -> NoReturn:
+    """Print the traceback from the script's own first line on."""
+    import traceback
+
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != str(script):
+        frames = frames.tb_next
+    traceback.print_exception(error.with_traceback(frames or error.__traceback__))
+    raise typer.Exit(1) from None
+
+
+def _print_error(error: ChatLearnError) -> None:
+    from rich.text import Text
+
+    lines = str(error).splitlines()
+    text = Text.assemble(("error: ", "bold red"), (lines[0], "red"), *(f"\n{x}" for x in lines[1:]))
+    _console(stderr=True).print(text, soft_wrap=True)
+
+
+def _stop_at(problems: Sequence[ChatLearnError]) -> None:
+    for problem in problems:
+        _print_error(problem)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _print_arithmetic(checked: Checked) -> None:
+    from chatlearn.arithmetic import run_plan
+    from chatlearn.config import active
+
+    typer.echo(run_plan(active().runtime, checked.dataset_size).describe())
+
+
+def _print_values(modules: Sequence[BaseModule]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from chatlearn.config import active, plain
+
+    config = active()
+    sections: dict[str, BaseModel] = {"runtime": config.runtime}
+    sections.update({f"models.{module.name}": module.config for module in modules})
+    table = Table("key", "value", "set by", box=None, pad_edge=False, header_style="bold")
+    for section, values in sections.items():
+        for field in type(values).model_fields:
+            key = f"{section}.{field}"
+            origin = config.provenance(key)
+            value = Text(str(plain(getattr(values, field))), overflow="fold")
+            style = "dim" if origin == "default" else ""
+            table.add_row(Text(key, overflow="fold"), value, Text(origin), style=style)
+    _console().print(table)
+
+
+def _draw(name: str, graph: FlowGraph, folder: Path) -> list[Path]:
+    """Print a flow and write its two files."""
+    from chatlearn.errors import OutputError
+    from chatlearn.flow.draw import to_mermaid, to_svg, to_text
+
+    typer.echo(f"{name}\n{to_text(graph)}\n")
+    files = {folder / f"{name}.mmd": to_mermaid(graph), folder / f"{name}.svg": to_svg(graph)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the drawings: {error.strerror}",
+            place=str(folder),
+            fix="give a folder that can be written with --out",
+        ) from error
+    return list(files)
+
+
+def _summary(name: str, batches: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many samples a module returned, and the mean of each column of numbers."""
+    import torch
+
+    count, columns = 0, dict[str, list[Any]]()
+    for batch in batches:
+        count += max((len(column) for column in batch.values()), default=0)
+        for key, column in batch.items():
+            if isinstance(column, torch.Tensor) and column.dim() == 1 and "uid" not in key:
+                columns.setdefault(key, []).append(column.float())
+    means = [f"{key} {torch.cat(parts).mean().item():.4f}" for key, parts in columns.items()]
+    return f"{name}: {count} samples{''.join(f', {mean}' for mean in means)}"
+
+
+if __name__ == "__main__":
+    main()
