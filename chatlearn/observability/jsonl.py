@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of one JSON object per line: append, read what a crash left, and go back to an episode."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from chatlearn.errors import OutputError
+
+Row = dict[str, Any]
+
+
+def json_safe(value: Any) -> Any:
+    """Return `value` in JSON's types: tensors and arrays as lists, non-finite numbers as None."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {str(key): json_safe(item) for key, item in items}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in cast("list[Any]", value)]
+    if hasattr(value, "tolist"):  # a tensor, an array or one of their scalars
+        return json_safe(value.tolist())
+    return str(value)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file; none if it does not exist; a half-written last line is left out.
+
+    Raises:
+        OutputError: A line other than the last is no JSON object.
+    """
+    return [row for row, _ in _parse(path)]
+
+
+def _parse(path: Path) -> Iterator[tuple[Row, str]]:
+    """Yield rows with their lines."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = len(lines) - 1  # behind the final newline, or a line that was cut off
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and number < last:
+            yield cast("Row", row), line
+        elif number < last:
+            raise OutputError(
+                "a line is not a JSON object",
+                place=f"{path}:{number + 1}",
+                fix="repair or delete that line, or move the file away",
+            )
+
+
+class JsonlFile:
+    """A file that grows by one JSON object per line, each flushed when it is written.
+
+    Example:
+        >>> log = JsonlFile(folder / "metrics.jsonl")
+        >>> log.append({"episode": 1, "reward": 0.5})
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream: TextIO | None = None
+
+    def append(self, *rows: Row) -> None:
+        """Write rows, whole lines at once."""
+        text = "".join(
+            json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+            for row in rows
+        ).encode("utf-8", errors="replace")
+        try:
+            if self._stream is None:
+                self._cut_half_line()
+                self._stream = self.path.open("a", encoding="utf-8", newline="\n")
+            self._stream.write(text.decode("utf-8"))
+            self._stream.flush()
+        except OSError as error:
+            raise OutputError(f"cannot write: {error.strerror}", place=str(self.path)) from error
+
+    def rewind(self, episode: int) -> list[Row]:
+        """Drop the rows of later episodes, atomically, and return the rows that stay."""
+        self.close()
+        kept = [(row, line) for row, line in _parse(self.path) if row.get("episode", 0) <= episode]
+        if self.path.exists():
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text("".join(line + "\n" for _, line in kept), encoding="utf-8")
+            temporary.replace(self.path)
+        return [row for row, _ in kept]
+
+    def close(self) -> None:
+        """Close the file; the next `append` opens it again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _cut_half_line(self) -> None:
+        """Remove what a crash left behind the last newline and would spoil the next row."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        with self.path.open("rb+") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - 65536)
+                stream.seek(start)
+                newline = stream.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    stream.truncate(start + newline + 1)
+                    return
+                end = start
+            stream.truncate(0)

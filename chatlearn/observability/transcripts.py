@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep some samples of every episode as a person would read them: prompt, completion, rewards."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from chatlearn import columns
+from chatlearn.observability.jsonl import JsonlFile, Row, json_safe
+
+KEPT: Final = (
+    columns.UID,
+    columns.PROMPT_UID,
+    columns.PROMPT,
+    columns.COMPLETION,
+    columns.REWARDS,
+    columns.ADVANTAGES,
+    columns.FINISH_REASON,
+    columns.POLICY_VERSION,
+)
+PART: Final = columns.REWARDS + "/"
+"""Columns of single reward functions are `rewards/<name>`."""
+
+Batch = Mapping[str, Any]
+Phase = Literal["train", "eval"]
+
+
+class TranscriptLog:
+    """Writes up to `per_episode` samples of every episode and evaluation to `transcripts.jsonl`.
+
+    The samples are those with the lowest `(prompt_uid, uid)`, so whole groups as far as they fit,
+    and in every evaluation the same prompts.
+
+    Example:
+        >>> log = TranscriptLog(folder / "transcripts.jsonl", per_episode=8)
+        >>> log.record([batch], episode=1, phase="train")
+        8
+    """
+
+    def __init__(self, path: Path, per_episode: int = 8) -> None:
+        self._file = JsonlFile(path)
+        self._limit = per_episode
+
+    def record(self, batches: Batch | Iterable[Batch], *, episode: int, phase: Phase) -> int:
+        """Write the chosen samples of the batches and return how many there were."""
+        rows = sample_rows(batches, self._limit)
+        if rows:
+            self._file.append(*({"episode": episode, "phase": phase, **row} for row in rows))
+        return len(rows)
+
+    def rewind(self, episode: int) -> None:
+        """Drop the samples of later episodes."""
+        self._file.rewind(episode)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def sample_rows(batches: Batch | Iterable[Batch], limit: int) -> list[Row]:
+    """Return up to `limit` samples as rows of plain values; none without prompt and completion."""
+    every = [cast("Batch", batches)] if isinstance(batches, Mapping) else list(batches)
+    order: list[tuple[tuple[int, int], int, int, Batch]] = []
+    seen = 0
+    for batch in every:
+        text = batch.get(columns.COMPLETION, batch.get(columns.PROMPT))
+        for index in range(0 if text is None else len(text)):
+            order.append((_rank(batch, index, seen), seen, index, batch))
+            seen += 1
+    chosen = heapq.nsmallest(limit, order, key=lambda entry: entry[:2])
+    return [_row(batch, index) for _, _, index, batch in chosen]
+
+
+def _rank(batch: Batch, index: int, position: int) -> tuple[int, int]:
+    uid = int(batch[columns.UID][index]) if columns.UID in batch else position
+    group = batch.get(columns.PROMPT_UID)
+    return (uid if group is None else int(group[index]), uid)
+
+
+def _row(batch: Batch, index: int) -> Row:
+    names = [name for name in KEPT if name in batch]
+    parts = [name for name in batch if name.startswith(PART)]
+    return {name: _rounded(json_safe(batch[name][index])) for name in (*names, *parts)}
+
+
+def _rounded(value: Any) -> Any:
+    """Round floats to what a reader needs: per-token lists would fill the file with digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [_rounded(item) for item in cast("list[Any]", value)]
+    return value
