@@ -144,13 +144,13 @@ def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
 ) -> None:
     """Render report.html of a run folder again."""
-    from chatlearn.observability.report import write_report
-
     with _errors_reported(run_folder):
         if not run_folder.is_dir():
             raise ConfigError(
                 f"there is no run folder {run_folder}", fix="give the `runtime.output_dir` of a run"
             )
+        from chatlearn.observability.report import write_report
+
         typer.echo(f"wrote {write_report(run_folder)}")
 
 
