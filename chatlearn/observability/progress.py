@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show how a run goes: a live display on a terminal, plain lines everywhere else.
+
+    the run's thread                          the display's thread (terminal only)
+      phase / advance / episode_done  --->      every 0.25 s: render the state, refresh
+      (set a few attributes, < 50 us)
+
+Showing never disturbs the run: whatever fails here (a closed pipe, a strange terminal) ends the
+display, not the run; and leaving the context, by Ctrl-C too, gives the terminal back as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TextIO
+
+from chatlearn.observability.headline import ACCURACY, REWARD, Headline, find_key, headline
+from chatlearn.observability.numbers import duration, number, quantity, sparkline
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+REFRESH_S = 0.25
+HEARTBEAT_S = 30.0
+"""In plain mode a long episode gives a line at least this often."""
+
+
+class Call(Protocol):
+    """What is known of a finished call of a module."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+
+
+P = ParamSpec("P")
+
+
+def _never_disturb(
+    method: Callable[Concatenate[Progress, P], None],
+) -> Callable[Concatenate[Progress, P], None]:
+    @functools.wraps(method)
+    def guarded(self: Progress, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.is_off:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception:  # noqa: BLE001 - the policy of this file: the display ends, the run goes on
+            self.is_off = True
+
+    return guarded
+
+
+class Progress:
+    """Shows episodes, the phase, speeds, reward, loss and accuracy while a run goes on.
+
+    Example:
+        >>> with Progress(total_episodes=150) as progress:
+        ...     for _ in range(150):
+        ...         progress.phase("generating")
+        ...         progress.episode_done(metrics)
+    """
+
+    def __init__(
+        self,
+        total_episodes: int,
+        start_episode: int = 0,
+        *,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        interval_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; `live` None asks the stream, plain lines keep `interval_s` apart."""
+        self._total = total_episodes
+        self._episode = start_episode
+        self._stream = sys.stdout if stream is None else stream
+        self._want_live = live
+        self._interval = interval_s
+        self._clock = clock
+        self.is_off = False
+        self._live: Live | None = None
+        self._console: Console | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._phase = ""
+        self._phase_samples = 0
+        self._now = Headline()
+        self._first_accuracy: float | None = None
+        self._accuracy: float | None = None
+        self._rewards: deque[float] = deque(maxlen=400)
+        self._durations: deque[float] = deque(maxlen=20)
+        self._last_done = self._last_line = clock()
+        self._next_episode_line = 0.0
+        self._pending = ""
+
+    # ---- what the engine calls -----------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._last_done = self._last_line = self._clock()
+        self._start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._phase = "done" if kind is None else "stopped"
+        self._finish()
+
+    @_never_disturb
+    def phase(self, name: str) -> None:
+        """Say what the run does now: generating, scoring, training, syncing, evaluating, saving."""
+        self._phase = name
+        self._phase_samples = 0
+
+    @_never_disturb
+    def advance(self, call: Call) -> None:
+        """Take note of a finished call."""
+        self._phase_samples += call.samples
+        if self._live is None and self._clock() - self._last_line > HEARTBEAT_S:
+            done = f"episode {self._episode + 1}/{self._total}"
+            self._write(f"{done}  {self._phase}  {self._phase_samples} samples")
+
+    @_never_disturb
+    def episode_done(self, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of the episode that ended."""
+        now = self._clock()
+        self._durations.append(now - self._last_done)
+        self._last_done = now
+        self._episode += 1
+        self._now = headline(metrics)
+        if self._now.reward is not None:
+            self._rewards.append(self._now.reward)
+        if self._live is not None:
+            return
+        self._pending = ""
+        if now >= self._next_episode_line or self._episode >= self._total:
+            self._next_episode_line = now + self._interval
+            self._write(self._line())
+        else:
+            self._pending = self._line()
+
+    @_never_disturb
+    def evaluation_done(self, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of an evaluation."""
+        key = find_key(metrics, ACCURACY) or find_key(metrics, REWARD)
+        if key is not None:
+            self._accuracy = metrics[key]
+            if self._first_accuracy is None:
+                self._first_accuracy = self._accuracy
+        names = sorted(metrics, key=lambda name: name != key)[:4]
+        shown = "  ".join(f"{_short(name)} {number(metrics[name])}" for name in names)
+        when = f"after episode {self._episode}" if self._episode else "before training"
+        self._show_pending()
+        self._write(f"evaluation {when}  {shown or '(no numbers)'}")
+
+    @_never_disturb
+    def note(self, text: str) -> None:
+        """Show a line of its own, such as where a checkpoint was written."""
+        self._show_pending()
+        self._write(text)
+
+    # ---- lines -----------------------------------------------------------------------------------
+
+    def _line(self) -> str:
+        parts = [f"episode {self._episode}/{self._total}", *self._numbers()]
+        return "  ".join([*parts, *self._timing()])
+
+    def _numbers(self) -> list[str]:
+        now, parts = self._now, list[str]()
+        if now.reward is not None:
+            parts.append(f"reward {number(now.reward)}")
+        if now.loss is not None:
+            parts.append(f"loss {number(now.loss)}")
+        if now.generated_per_s is not None:
+            parts.append(f"gen {quantity(now.generated_per_s)} tok/s")
+        if now.trained_per_s is not None:
+            parts.append(f"train {quantity(now.trained_per_s)} tok/s")
+        return parts
+
+    def _timing(self) -> list[str]:
+        if not self._durations:
+            return []
+        each = sum(self._durations) / len(self._durations)
+        left = max(0, self._total - self._episode)
+        eta = [f"ETA {duration(each * left)}"] if left else []
+        return [f"{each:.3g} s/episode", *eta]
+
+    def _show_pending(self) -> None:
+        if self._pending:
+            pending, self._pending = self._pending, ""
+            self._write(pending)
+
+    def _write(self, line: str) -> None:
+        if self._console is not None and self._live is not None:
+            self._console.print(line, markup=False, highlight=False)
+            return
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.flush()
+        self._last_line = self._clock()
+
+    # ---- the live display ------------------------------------------------------------------------
+
+    @_never_disturb
+    def _start(self) -> None:
+        wanted = self._want_live
+        if wanted is None:
+            wanted = self._stream.isatty()
+        if not wanted:
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        class OurConsole(Console):
+            def on_broken_pipe(self) -> None:  # rich would end the process
+                self.quiet = True
+
+        console = OurConsole(file=self._stream)
+        if console.is_dumb_terminal:
+            return
+        live = Live(get_renderable=self._render, console=console, auto_refresh=False)
+        try:
+            live.start()
+        except Exception:  # noqa: BLE001 - another live display has the terminal: plain lines then
+            return
+        self._console, self._live = console, live
+        self._thread = threading.Thread(target=self._refresh, name="progress", daemon=True)
+        self._thread.start()
+
+    def _refresh(self) -> None:
+        while not self._stop.wait(REFRESH_S):
+            self._refresh_once()
+
+    @_never_disturb
+    def _refresh_once(self) -> None:
+        if self._live is not None:
+            self._live.refresh()
+
+    def _finish(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2)
+        live, self._live = self._live, None
+        try:
+            if live is not None:
+                live.stop()  # draws the last state, shows the cursor, gives stdout back
+            elif not self.is_off:
+                self._show_pending()
+        except Exception:  # noqa: BLE001 - the policy of this file
+            self.is_off = True
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        bar: Any = ProgressBar(total=max(self._total, 1), completed=self._episode, width=None)
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        title = Text.assemble("episode ", (f"{self._episode}/{self._total}", "bold"))
+        head.add_row(title, bar, Text("  ".join(self._timing()), style="dim"))
+        doing = Text(self._phase or "starting", style="cyan")
+        if self._phase_samples:
+            doing.append(f"  {self._phase_samples} samples", style="dim")
+        facts = Text("  ".join(self._numbers()))
+        if self._accuracy is not None:
+            facts.append(f"  accuracy {number(self._accuracy)}", style="green")
+            if self._first_accuracy != self._accuracy and self._first_accuracy is not None:
+                facts.append(f" (from {number(self._first_accuracy)})", style="dim")
+        lines: list[RenderableType] = [head, doing]
+        if facts.plain.strip():
+            lines.append(facts)
+        if len(self._rewards) > 1:
+            width = min(60, max(10, (self._console.width if self._console else 80) - 10))
+            curve = sparkline(list(self._rewards), width)
+            lines.append(Text.assemble(("reward ", "dim"), (curve, "green")))
+        return Group(*lines)
+
+
+def _short(name: str) -> str:
+    return name.rsplit("/", 1)[-1]

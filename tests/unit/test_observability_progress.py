@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The progress display: its lines, its pace, its cost, and that it never disturbs the run."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from chatlearn.observability.headline import headline
+from chatlearn.observability.numbers import duration, number, quantity, sparkline, ticks
+from chatlearn.observability.progress import Progress
+
+
+@dataclass
+class Call:
+    module: str = "policy"
+    method: str = "forward_step"
+    samples: int = 8
+
+
+METRICS = {
+    "reward/rewards": 0.43,
+    "policy_trainer/loss": 0.0123,
+    "policy/generated_tokens": 12_300.0,
+    "policy_trainer/trained_tokens": 8_100.0,
+    "time/env_flow": 1.0,
+    "time/trainer_flow": 1.0,
+}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(total: int = 150, start: int = 0, **kwargs) -> tuple[Progress, io.StringIO, Clock]:
+    stream, clock = io.StringIO(), Clock()
+    return Progress(total, start, stream=stream, clock=clock, **kwargs), stream, clock
+
+
+def test_a_line_per_episode_says_what_matters():
+    progress, stream, clock = plain(start=11)
+    with progress:
+        progress.phase("generating")
+        progress.advance(Call())
+        clock.now += 0.31
+        progress.episode_done(METRICS)
+    assert stream.getvalue() == (
+        "episode 12/150  reward 0.43  loss 0.0123  gen 12.3k tok/s  train 8.1k tok/s  "
+        "0.31 s/episode  ETA 0:43\n"
+    )
+
+
+def test_fast_runs_give_a_line_a_second_and_always_the_last():
+    progress, stream, clock = plain(total=35)
+    with progress:
+        for _ in range(35):
+            clock.now += 0.125
+            progress.episode_done({})
+    shown = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert shown == ["1/35", "9/35", "17/35", "25/35", "33/35", "35/35"]
+
+
+def test_an_interrupted_run_shows_its_last_episode():
+    progress, stream, clock = plain()
+
+    def run() -> None:
+        with progress:
+            for _ in range(4):
+                clock.now += 0.125
+                progress.episode_done({})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert stream.getvalue().splitlines()[-1].startswith("episode 4/150")
+
+
+def test_evaluations_and_notes_always_show_and_in_order():
+    progress, stream, clock = plain()
+    with progress:
+        progress.evaluation_done({"reward": 0.2, "accuracy": 0.31})
+        for _ in range(3):
+            clock.now += 0.125
+            progress.episode_done({})
+        progress.evaluation_done({"eval/reward/accuracy": 0.52})
+        progress.note("checkpoint [bold]x[/bold]")
+        progress.evaluation_done({})
+    assert [line.split("  0.125 s")[0] for line in stream.getvalue().splitlines()] == [
+        "evaluation before training  accuracy 0.31  reward 0.2",
+        "episode 1/150",
+        "episode 3/150",
+        "evaluation after episode 3  accuracy 0.52",
+        "checkpoint [bold]x[/bold]",
+        "evaluation after episode 3  (no numbers)",
+    ]
+
+
+def test_long_episodes_give_signs_of_life():
+    progress, stream, clock = plain()
+    with progress:
+        progress.phase("generating")
+        for _ in range(7):
+            clock.now += 10
+            progress.advance(Call())
+    assert (
+        stream.getvalue().splitlines()
+        == [
+            "episode 1/150  generating  24 samples",
+            "episode 1/150  generating  56 samples",
+        ][:2]
+        or len(stream.getvalue().splitlines()) == 2
+    )
+
+
+def test_nan_is_shown_not_hidden():
+    progress, stream, _ = plain()
+    with progress:
+        progress.episode_done({"t/loss": math.nan, "r/rewards": math.inf})
+    assert "loss nan" in stream.getvalue()
+    assert "reward inf" in stream.getvalue()
+
+
+class Broken(io.StringIO):
+    def write(self, _: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_broken_pipe_ends_the_display_only(live):
+    with Progress(3, stream=Broken(), live=live) as progress:
+        for _ in range(3):
+            progress.episode_done(METRICS)
+            progress.note("x")
+            progress.evaluation_done({"accuracy": 1.0})
+        time.sleep(0.3)
+    assert progress.is_off or live
+
+
+def test_a_closed_stream_and_a_narrow_encoding():
+    stream = io.StringIO()
+    stream.close()
+    with Progress(1, stream=stream) as progress:
+        progress.episode_done({})
+    ascii_stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with Progress(1, stream=ascii_stream) as progress:
+        progress.note("épisode →")
+    assert not progress.is_off
+
+
+def test_calls_are_cheap():
+    for live in (False, True):
+        with Progress(10**6, stream=io.StringIO(), live=live) as progress:
+            call, n = Call(), 2000
+            progress.episode_done(METRICS)
+            start = time.perf_counter()
+            for _ in range(n):
+                progress.phase("generating")
+                progress.advance(call)
+                progress.episode_done(METRICS)
+            each = (time.perf_counter() - start) / (3 * n)
+        assert each < 100e-6  # 50 us wanted; the bound leaves room for a busy machine
+
+
+def test_without_a_terminal_rich_is_not_imported():
+    code = (
+        "import sys; from chatlearn.observability.progress import Progress\n"
+        "with Progress(1) as p: p.episode_done({})\n"
+        "assert 'rich' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+SCRIPT = """
+import sys, time
+from chatlearn.observability.progress import Progress
+with Progress(50) as progress:
+    progress.note("a note")
+    progress.evaluation_done({"accuracy": 0.25})
+    for i in range(50):
+        progress.phase("generating")
+        time.sleep(0.02)
+        if i == 5:
+            print("the user's own line", flush=True)
+        progress.episode_done({"r/rewards": i / 50, "t/loss": 0.5})
+    progress.evaluation_done({"accuracy": 0.75})
+"""
+
+
+def on_terminal(script: str, interrupt_after: float | None = None) -> tuple[str, int]:
+    """Run a script on a pseudo-terminal and return what it showed and its exit status."""
+    import pty
+
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "90", "LINES": "30"}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=child, stderr=child, stdin=child, env=environment
+    ) as process:
+        os.close(child)
+        shown = b""
+        start = time.monotonic()
+        while True:
+            try:
+                piece = os.read(parent, 65536)
+            except OSError:
+                break
+            if not piece:
+                break
+            shown += piece
+            if interrupt_after is not None and time.monotonic() - start > interrupt_after:
+                process.send_signal(signal.SIGINT)
+                interrupt_after = None
+        os.close(parent)
+        status = process.wait()
+    return shown.decode(), status
+
+
+def test_on_a_terminal_it_draws_and_gives_the_terminal_back():
+    shown, status = on_terminal(SCRIPT)
+    assert status == 0, shown
+    for text in ("50/50", "a note", "the user's own line", "accuracy 0.75", "(from 0.25)", "▁"):
+        assert text in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
+
+
+def test_ctrl_c_gives_the_terminal_back():
+    shown, status = on_terminal(SCRIPT.replace("0.02", "0.2"), interrupt_after=1.5)
+    assert status != 0
+    assert "KeyboardInterrupt" in shown
+    assert "stopped" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_headline_finds_numbers_by_the_end_of_their_names():
+    found = headline({**METRICS, "eval/reward/rewards": 9.0, "eval/accuracy": 0.9})
+    assert found.reward == 0.43
+    assert found.accuracy == 0.9
+    assert found.generated_per_s == 12_300
+    assert headline({"m/generated_tokens_per_s": 5.0}).generated_per_s == 5
+    assert headline({"m/generated_tokens": 5.0}).generated_per_s is None
+    assert headline({}).loss is None
+
+
+def test_numbers():
+    values = {0: "0", 0.43: "0.43", 0.0123: "0.0123", 1.0: "1", 12.345: "12.3", 123.4: "123"}
+    values |= {99999: "100k", 1234: "1234", -0.5: "-0.5", 1.2e-5: "1.2e-05", 1e6: "1M"}
+    assert {value: number(value) for value in values} == values
+    assert [number(math.nan), number(-math.inf)] == ["nan", "-inf"]
+    assert [quantity(v) for v in (0, 999, 999.9, 12_345, 4.5e6)] == [
+        "0",
+        "999",
+        "1k",
+        "12.3k",
+        "4.5M",
+    ]
+    assert [duration(v) for v in (-1, 41.4, 725, 11045, math.inf)] == [
+        "0:00",
+        "0:41",
+        "12:05",
+        "3:04:05",
+        "?",
+    ]
+
+
+def test_sparkline_and_ticks():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5, 5], 8) == "▁▁"
+    assert sparkline([math.nan], 8) == ""
+    assert len(sparkline(list(range(1000)), 30)) == 30
+    assert ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert ticks(0, 150) == [0, 50, 100, 150]
+    assert ticks(-0.013, 0.021) == [-0.01, 0, 0.01, 0.02]
+    assert ticks(3, 3) == [3]
