@@ -8,7 +8,8 @@ seconds of an episode's phases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,13 +41,23 @@ def headline(metrics: Mapping[str, float]) -> Headline:
         >>> headline({"policy/generated_tokens": 500.0, "time/env_flow": 0.5}).generated_per_s
         1000.0
     """
-    training = {name: value for name, value in metrics.items() if not name.startswith(EVAL)}
+    parts = _by_last_part(name for name in metrics if not name.startswith(EVAL))
+
+    def value(*names: str) -> float | None:
+        return next((metrics[parts[name]] for name in names if name in parts), None)
+
+    def speed(given: str, tokens: float | None, phases: tuple[str, ...]) -> float | None:
+        seconds = next((metrics[f"time/{p}"] for p in phases if f"time/{p}" in metrics), 0.0)
+        computed = tokens / seconds if tokens is not None and seconds and seconds > 0 else None
+        reported = value(given)
+        return computed if reported is None else reported
+
     return Headline(
-        reward=find(training, REWARD),
-        loss=find(training, LOSS),
+        reward=value(*REWARD),
+        loss=value(*LOSS),
         accuracy=find(metrics, ACCURACY),
-        generated_per_s=_speed(training, GENERATED, GENERATION_PHASES, "generated_tokens_per_s"),
-        trained_per_s=_speed(training, TRAINED, TRAINING_PHASES, "trained_tokens_per_s"),
+        generated_per_s=speed("generated_tokens_per_s", value(*GENERATED), GENERATION_PHASES),
+        trained_per_s=speed("trained_tokens_per_s", value(*TRAINED), TRAINING_PHASES),
     )
 
 
@@ -56,21 +67,19 @@ def find(metrics: Mapping[str, float], names: tuple[str, ...]) -> float | None:
     return None if key is None else metrics[key]
 
 
-def find_key(metrics: Mapping[str, float], names: tuple[str, ...]) -> str | None:
+def find_key(metrics: Iterable[str], names: tuple[str, ...]) -> str | None:
     """Return the full name of the metric that `find` returns."""
-    by_part: dict[str, str] = {}
-    for key in metrics:
-        by_part.setdefault(key.rsplit("/", 1)[-1], key)
-    return next((by_part[name] for name in names if name in by_part), None)
+    parts = _by_last_part(metrics)
+    return next((parts[name] for name in names if name in parts), None)
 
 
-def _speed(
-    metrics: Mapping[str, float], names: tuple[str, ...], phases: tuple[str, ...], given: str
-) -> float | None:
-    """Return the speed that is reported, else tokens by the seconds of their phase."""
-    speed = find(metrics, (given,))
-    if speed is not None:
-        return speed
-    tokens = find(metrics, names)
-    seconds = next((metrics[f"time/{p}"] for p in phases if f"time/{p}" in metrics), 0.0)
-    return tokens / seconds if tokens is not None and seconds and seconds > 0 else None
+def _by_last_part(names: Iterable[str]) -> dict[str, str]:
+    parts: dict[str, str] = {}
+    for name in names:
+        parts.setdefault(_last_part(name), name)
+    return parts
+
+
+@functools.cache
+def _last_part(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
