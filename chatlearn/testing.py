@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public fakes: a tiny model and a tiny tokenizer for tests, made in milliseconds without any download.
+"""Public fakes: a tiny model and tokenizer for tests, made in milliseconds, nothing downloaded.
 
 Example:
     >>> model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -25,7 +25,7 @@ def tiny_model(
     seed: int = 0,
     max_positions: int = 512,
 ) -> Any:
-    """Make a Qwen3-architecture causal LM in eval mode with random weights (about 20 thousand of them).
+    """Make a Qwen3-architecture causal LM in eval mode, with about 20 thousand random weights.
 
     Args:
         vocab_size: Number of tokens; the default fits `tiny_tokenizer()`.
@@ -68,7 +68,7 @@ def tiny_tokenizer(
     pad: bool = True,
     chat_template: str | None = None,
 ) -> Any:
-    """Make a character-level `PreTrainedTokenizerFast`: four special tokens, then one token per character.
+    """Make a `PreTrainedTokenizerFast` of four special tokens and one token per character.
 
     Args:
         characters: The vocabulary.
@@ -101,12 +101,12 @@ def tiny_tokenizer(
 
 
 def tiny_pair(seed: int = 0) -> tuple[Any, Any]:
-    """Return `(tiny_model(seed=seed), tiny_tokenizer())`: a `model` source for the ready-made modules."""
+    """Return `(tiny_model(seed=seed), tiny_tokenizer())`, which a module takes as `model`."""
     return tiny_model(seed=seed), tiny_tokenizer()
 
 
 def save_tiny_model(folder: str | Path, seed: int = 0) -> Path:
-    """Write a tiny model and its tokenizer to `folder` in Hugging Face format and return the folder.
+    """Write a tiny model and its tokenizer to `folder` in Hugging Face format; return the folder.
 
     Example:
         >>> from transformers import AutoModelForCausalLM

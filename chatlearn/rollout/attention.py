@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention for decoding one token at a time, registered with transformers under its own name.
 
-With grouped key/value heads and a mask, transformers copies keys and values once per query head before every call of
-`scaled_dot_product_attention`, which costs more than the attention itself when each row asks for one token. Here the
-query heads of a group become the queries of one key/value head: the same sums, no copy.
+With grouped key/value heads and a mask, transformers copies keys and values once per query head
+before every call of `scaled_dot_product_attention`, which costs more than the attention itself when
+each row asks for one token. Here the query heads of a group become the queries of one key/value
+head: the same sums, no copy.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def decode_attention(model: Any) -> Iterator[bool]:
     Yields:
         Whether the model's attention takes an additive mask `[B, 1, 1, S]` as it is.
     """
-    # Models outside transformers' attention interface may read more from a mask than what it hides (ALiBi).
+    # Models outside transformers' attention interface may read more from a mask than what it hides
+    # (ALiBi).
     takes = getattr(model, "_supports_attention_backend", False)
     if model.config._attn_implementation != "sdpa" or not takes:
         yield False

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The port of sampling: what goes into a rollout engine and what comes out.
 
-    requests (uid, prompt ids) + SamplingParams + seed  ->  engine.generate  ->  one Completion per request, in order
+    requests (uid, prompt ids) + SamplingParams + seed  ->  generate  ->  one Completion per request
 
 What every engine promises:
-  * A sample's tokens depend on its own prompt, `(seed, uid, turn)` and the weights alone: not on which samples share
-    its batch, nor on how many replicas there are. (Up to the rounding of the matrix products, whose order of summation
-    may depend on the batch's shape: a token can differ only where a uniform number falls within about 1e-6 of the
-    border between two tokens.)
-  * `logprobs` are those of the distribution at the sampling temperature *before* top-p and top-k cut it, because that
-    is what a trainer can compute too. At temperature 0 (argmax) they are those at temperature 1.
+  * A sample's tokens depend on its own prompt, `(seed, uid, turn)` and the weights alone: not on
+    which samples share its batch, nor on how many replicas there are. (Up to the rounding of the
+    matrix products, whose order of summation may depend on the batch's shape: a token can differ
+    only where a uniform number falls within about 1e-6 of the border between two tokens.)
+  * `logprobs` are those of the distribution at the sampling temperature *before* top-p and top-k
+    cut it, because that is what a trainer can compute too. At temperature 0 (argmax) they are those
+    at temperature 1.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SamplingParams:
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 1.0
-    """Keep the smallest set of most likely tokens that has at least this probability; 1 keeps all."""
+    """Keep the smallest set of likeliest tokens with at least this probability; 1 keeps all."""
     top_k: int = 0
     """Keep this many most likely tokens, before `top_p`; 0 keeps all."""
     stop: tuple[str, ...] = ()
@@ -92,7 +93,7 @@ class Completion:
     """Hold one response.
 
     Example:
-        >>> Completion(7, torch.tensor([6, 1]), torch.tensor([-0.1, -0.3]), "stop")  # doctest: +SKIP
+        `Completion(7, response_ids=tensor([6, 1]), logprobs=tensor([-0.1, -0.3]), ...)`
     """
 
     uid: int
@@ -109,7 +110,8 @@ class RolloutEngine(Protocol):
 
     Example:
         >>> engine = TransformersEngine(model, tokenizer)  # doctest: +SKIP
-        >>> engine.generate([PromptRequest(0, ids)], SamplingParams(max_new_tokens=8), seed=1)  # doctest: +SKIP
+        >>> requests = [PromptRequest(0, ids), PromptRequest(1, ids)]  # doctest: +SKIP
+        >>> engine.generate(requests, SamplingParams(), seed=1)  # doctest: +SKIP
     """
 
     def generate(
@@ -132,6 +134,7 @@ class RolloutEngine(Protocol):
             One completion per request, in the order of the requests.
 
         Raises:
-            DataError: A prompt is empty, or leaves no room for a response within the model's positions.
+            DataError: A prompt is empty, or leaves no room for a response within the model's
+                positions.
         """
         ...

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key/value caches whose rows are samples: filled once per prompt, spread to siblings, closed up when rows finish.
+"""Key/value caches whose rows are samples, spread to siblings and closed up as rows finish.
 
-transformers' own `DynamicCache` concatenates the whole cache for every token. `InPlaceCache` writes each token into a
-buffer with room to spare instead, and drops finished rows by moving the last live rows into their places, which
-copies as many rows as have finished and no more. Models with another kind of layer (sliding windows, states of linear
-attention) get `GrowingCache`, transformers' cache with the same two operations.
+transformers' own `DynamicCache` concatenates the whole cache for every token. `InPlaceCache` writes
+each token into a buffer with room to spare instead, and drops finished rows by moving the last live
+rows into their places, which copies as many rows as have finished and no more. Models with another
+kind of layer (sliding windows, states of linear attention) get `GrowingCache`, transformers' cache
+with the same two operations.
 
 Legend: `B` rows, `H` key/value heads, `S` tokens, `D` head width.
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 _FIRST_ROOM = 256
-"""Free token slots at first; longer responses double the buffer, so that none is larger than twice its content."""
+"""Free token slots at first; longer responses double the buffer, so that none is larger than twice
+its content."""
 
 
 class RowCache(Protocol):
@@ -30,7 +32,9 @@ class RowCache(Protocol):
         ...
 
     def keep(self, holes: Tensor, movers: Tensor, order: Tensor) -> None:
-        """Drop finished rows: row `movers[i]` moves to `holes[i]`, so that `order` lists the former rows in place."""
+        """Drop finished rows: row `movers[i]` moves to `holes[i]`, so that `order` lists the former
+        rows in place.
+        """
         ...
 
 
@@ -85,7 +89,7 @@ class _InPlaceLayer(CacheLayerMixin):
         return like.new_empty((rows, like.shape[1], room, like.shape[3]))
 
     def _moved(self, old: Tensor, rows: Tensor | None) -> Tensor:
-        """Return a buffer of `self.room` tokens holding `old`'s tokens, of the given rows or of all."""
+        """Return a buffer of `self.room` tokens with `old`'s tokens, of some rows or of all."""
         filled = old[: self.rows, :, : self.length]
         new = self._buffer(old, self.rows if rows is None else len(rows), self.room)
         new[:, :, : self.length] = filled if rows is None else filled[rows]
@@ -143,7 +147,7 @@ class GrowingCache(DynamicCache):
         self._select(order)
 
     def _select(self, rows: Tensor) -> None:
-        self.reorder_cache(rows)  # pyright: ignore[reportArgumentType]  (any index works, beams or not)
+        self.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 
 def make_cache(config: Any, prompt_tokens: int) -> InPlaceCache | GrowingCache:
@@ -166,11 +170,13 @@ def closing_moves(finished: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         finished: bool `[B]`, on the CPU.
 
     Returns:
-        int64 `holes` and `movers` `[n]`, and `order` `[live]`: the former row that each row holds afterwards.
+        int64 `holes` and `movers` `[n]`, and `order` `[live]`: the former row that each row holds
+        afterwards.
 
     Example:
-        >>> [part.tolist() for part in closing_moves(torch.tensor([True, False, False, True, False]))]
-        [[0], [4], [4, 1, 2]]
+        >>> holes, movers, order = closing_moves(torch.tensor([True, False, False, True, False]))
+        >>> holes.tolist(), movers.tolist(), order.tolist()
+        ([0], [4], [4, 1, 2])
     """
     live = int((~finished).sum())
     holes = finished[:live].nonzero().squeeze(-1)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The maths of sampling: counter-based uniform numbers, and tokens by inversion of the distribution.
+"""The maths of sampling: counter-based uniform numbers, tokens by inverting a distribution.
 
-Randomness is a pure function of (seed, uid, turn, position): one uniform number per token, from the splitmix64 mixer
-(Steele, Lea, Flood 2014) used as a counter-based generator. Nothing is drawn from a global generator, so a sample's
-tokens do not depend on what else is in its batch.
+Randomness is a pure function of (seed, uid, turn, position): one uniform number per token, from the
+splitmix64 mixer (Steele, Lea, Flood 2014) used as a counter-based generator. Nothing is drawn from
+a global generator, so a sample's tokens do not depend on what else is in its batch.
 
 Legend: `B` rows, `V` vocabulary.
 """
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _WORD: Final = 0xFFFFFFFFFFFFFFFF
 _UNIFORM_BITS: Final = 24
-"""A float32 holds 24 bits exactly; and `fl(total * u) < total` for every u of 24 bits, which `_invert` relies on."""
+"""A float32 holds 24 bits exactly; and `fl(total * u) < total` for every u of 24 bits, which
+`_invert` relies on."""
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -96,8 +97,8 @@ def sample_tokens(
         top_k: Keep this many most likely tokens; 0 keeps all.
 
     Returns:
-        int64 `[B]` tokens and their float32 `[B]` probabilities at this temperature *before* top-k and top-p (at
-        temperature 1 if `temperature` is 0). NaN where the logits are not finite.
+        int64 `[B]` tokens and their float32 `[B]` probabilities at this temperature *before* top-k
+        and top-p (at temperature 1 if `temperature` is 0). NaN where the logits are not finite.
 
     Example:
         >>> sample_tokens(torch.tensor([[0.0, 9.0]]), torch.tensor([0.5]), temperature=1.0)[0]
@@ -119,8 +120,8 @@ def sample_tokens(
 def _invert(cumulative: Tensor, uniform: Tensor, count: Tensor | int) -> Tensor:
     """Return the first index `[B, 1]` whose cumulative weight exceeds `uniform` times the total.
 
-    On the CPU `cumulative` never decreases (it is summed in order), so the index found has positive weight. A
-    parallel sum may wobble in its last bit, and NaNs find nothing: hence the bound.
+    On the CPU `cumulative` never decreases (it is summed in order), so the index found has positive
+    weight. A parallel sum may wobble in its last bit, and NaNs find nothing: hence the bound.
     """
     total = cumulative[:, -1:]
     if not isinstance(count, int):
@@ -136,7 +137,8 @@ def _truncated(probs: Tensor, uniform: Tensor, top_p: float, top_k: int) -> Tens
     else:
         ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
     cumulative = ordered.cumsum(-1)
-    # A token is kept while the mass *before* it is short of top_p, so that the one which crosses is kept too.
+    # A token is kept while the mass *before* it is short of top_p, so that the one which crosses is
+    # kept too.
     before = cumulative - ordered
     count = (before < top_p * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(min=1)
     return tokens.gather(-1, _invert(cumulative, uniform, count))

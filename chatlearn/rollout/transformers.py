@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling with a Hugging Face causal LM in this process, through its public forward call alone.
 
-    distinct prompts --prefill once each--> cache --spread to siblings--> decode one token per row and step
-                                                      ^                               |
-                                                      +--- finished rows leave <------+
+    distinct prompts --prefill once each--> cache --spread to siblings--> decode, a token per row
+                                              ^                             |
+                                              +---- finished rows leave <---+
 
-Prompts of unequal lengths are padded on the left, here and nowhere else; masks are explicit, so the filling token is
-never looked at. A batch of equal lengths runs without any mask.
+Prompts of unequal lengths are padded on the left, here and nowhere else; masks are explicit, so the
+filling token is never looked at. A batch of equal lengths runs without any mask.
 
-Legend: `U` distinct prompts, `B` rows (samples), `P` padded prompt length, `V` vocabulary, `N` new tokens.
+Legend: `U` distinct prompts, `B` rows (samples), `P` padded prompt length, `N` new tokens,
+`V` vocabulary.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from chatlearn.rollout.kv_cache import InPlaceCache, RowCache, closing_moves, ma
 from chatlearn.rollout.sampling import sample_keys, sample_tokens, uniforms
 
 _PREFILL_TOKENS = 16384
-"""Padded prompt tokens of one forward call; more are split, so that memory does not grow with the batch."""
+"""Padded prompt tokens of one forward call; more are split, so that memory does not grow with the
+batch."""
 _UNIFORM_STEPS = 64
 """Steps whose random numbers are made at once."""
 _LEAVE_FRACTION = 1 / 16
-"""Finished rows leave when they are at least this part of the rows; moving them costs about one small layer call."""
+"""Finished rows leave when they are at least this part of the rows; moving them costs about one
+small layer call."""
 _CHECK_EVERY_CUDA = 8
-"""Steps between two looks at which rows have finished, where looking means waiting for the device."""
+"""Steps between two looks at which rows have finished, where looking means waiting for the
+device."""
 
 
 class TransformersEngine:
@@ -44,8 +48,9 @@ class TransformersEngine:
         >>> from chatlearn.testing import tiny_model, tiny_tokenizer
         >>> engine = TransformersEngine(tiny_model(), tiny_tokenizer())
         >>> request = PromptRequest(uid=0, prompt_ids=torch.tensor([5, 76, 5, 84]))
-        >>> len(engine.generate([request], SamplingParams(max_new_tokens=3), seed=0)[0].response_ids) <= 3
-        True
+        >>> done = engine.generate([request], SamplingParams(max_new_tokens=3), seed=0)
+        >>> len(done[0].response_ids)
+        3
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, compact: bool = True) -> None:
@@ -61,7 +66,8 @@ class TransformersEngine:
         self.compact = compact
         self.eos_ids = eos_ids(model, tokenizer)
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        # Older architectures compute the logits of every position; the last one is taken either way.
+        # Older architectures compute the logits of every position; the last one is taken either
+        # way.
         takes = inspect.signature(model.forward).parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
@@ -83,7 +89,10 @@ class TransformersEngine:
         return decoding.completions()
 
     def forward(self, tokens: Tensor, cache: Any, mask: Tensor | None, at: Tensor | None) -> Tensor:
-        """Feed tokens `[B, Q]` at positions `at` (None: behind the cache's tokens); return the last logits `[B, V]`."""
+        """Feed tokens `[B, Q]` at positions `at`; return the last position's logits `[B, V]`.
+
+        With `at` None the tokens stand behind those of the cache.
+        """
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -117,9 +126,10 @@ class TransformersEngine:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response: the tokenizer's EOS, and what the model's own list adds to it.
+    """Return the tokens that end a response: the tokenizer's EOS and the model's additions to it.
 
-    The list of a model that does not contain the tokenizer's EOS is a default that belongs to another vocabulary.
+    The list of a model that does not contain the tokenizer's EOS is a default that belongs to
+    another vocabulary.
     """
     own: int = tokenizer.eos_token_id
     listed: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -140,7 +150,8 @@ class _Rows:
     starts: Tensor | None = None
     """int64 `[B]`: tokens of the prompt; None where no row is padded."""
     mask: Tensor | None = None
-    """For all steps, additive `[B, 1, 1, P + N]` or boolean `[B, P + N]`; None where no row is padded."""
+    """For all steps, additive `[B, 1, 1, P + N]` or boolean `[B, P + N]`; None where no row is
+    padded."""
 
     def select(self, order: Tensor) -> _Rows:
         """Return the rows that `order` lists."""
@@ -205,12 +216,13 @@ class _Decoding:
             logits = self.engine.forward(tokens.unsqueeze(-1), cache, mask, self._at(rows, step))
 
     def _at(self, rows: _Rows, step: int) -> Tensor | None:
-        """Return the positions `[B, 1]` of the tokens sampled at `step`; None lets the model count."""
+        """Return where `[B, 1]` the tokens sampled at `step` stand; None lets the model count."""
         if rows.starts is None:
             return None
         at = rows.starts.unsqueeze(-1) + step
         most = self.engine.max_positions
-        # A finished row that has not left yet may have run out of positions; what it computes is thrown away.
+        # A finished row that has not left yet may have run out of positions; what it computes is
+        # thrown away.
         return at if most is None else at.clamp_(max=most - 1)
 
     def _sample(self, logits: Tensor, rows: _Rows, step: int, progress: Progress | None) -> Tensor:
@@ -237,7 +249,7 @@ class _Decoding:
         return tokens
 
     def _prefill(self, additive: bool) -> tuple[RowCache, Tensor, _Rows]:
-        """Run each distinct prompt once; return the cache, the logits `[B, V]` and the rows of all samples."""
+        """Run each distinct prompt once; return the cache, logits `[B, V]` and rows of samples."""
         prompts, owners = _distinct([request.prompt_ids for request in self.requests])
         padded = any(len(prompt) != self.width for prompt in prompts)
         config = self.engine.model.config
@@ -302,8 +314,10 @@ class _StopTexts:
         self.tokenizer = tokenizer
         self.stop = stop
         self.lengths = torch.full((requests,), torch.iinfo(torch.int64).max)
-        """int64 `[requests]`, on the CPU: tokens of the response up to the stop text, or a huge number."""
-        # A token holds at least one byte of text; the rest is for special tokens and a character cut in two.
+        """int64 `[requests]`, on the CPU: tokens of the response up to the stop text, or a huge
+        number."""
+        # A token holds at least one byte of text; the rest is for special tokens and a character
+        # cut in two.
         self.window = max((len(text.encode()) for text in stop), default=0) + 8
 
     def look(self, tokens: Tensor, rows: _Rows, step: int) -> Tensor:
@@ -335,7 +349,7 @@ def _distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
 
 
 def _left_padded(prompts: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
-    """Return ids `[U, width]`, filled with 0 on the left, and the mask `[U, width]`, 1 at prompt tokens."""
+    """Return ids `[U, width]`, filled with 0 on the left, and the mask, 1 at prompt tokens."""
     ids = torch.zeros((len(prompts), width), dtype=torch.int64)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)
     for row, prompt in enumerate(prompts):

@@ -2,9 +2,9 @@
 """Makes models and tokenizers from what a user writes under `model:` and `tokenizer:`.
 
 A model's source is one of
-  a path or hub id        real weights, read by `AutoModelForCausalLM.from_pretrained` (safetensors only, never pickle)
-  a dict or a PreTrainedConfig   random weights drawn from a seed, the same in every module that uses that seed
-  a callable              returns a model or a `(model, tokenizer)` pair; each module takes its own deep copy
+  a path or hub id   real weights, read by `AutoModelForCausalLM.from_pretrained`; safetensors only
+  a dict or config   random weights drawn from a seed, the same in every module with that seed
+  a callable         returns a model or a `(model, tokenizer)` pair; each module takes a deep copy
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def load(
         ConfigError: The source does not exist, is no causal LM, or the tokenizer has no EOS.
 
     Example:
-        >>> model, tokenizer = load("Qwen/Qwen3-0.6B", dtype="bf16", device="cuda")  # doctest: +SKIP
+        >>> model, tokenizer = load("Qwen/Qwen3-0.6B", dtype="bf16")  # doctest: +SKIP
     """
     made_tokenizer: Any = None
     if _is_factory(source):
@@ -104,7 +104,7 @@ def load(
             raise ConfigError(
                 "a model made from a config brings no tokenizer",
                 place="tokenizer",
-                fix="set `tokenizer` to a folder or hub id, or let `model` return (model, tokenizer)",
+                fix="set `tokenizer` to a folder or hub id",
             )
         chosen = os.fspath(source)
     return LoadedModel(
@@ -137,12 +137,14 @@ def load_model(
 def load_tokenizer(
     source: Any, *, eos_token: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load a tokenizer from a path, a hub id, an object or a callable, and make sure that it has an EOS token.
+    """Load a tokenizer from a path, hub id, object or callable, and ensure that it has an EOS.
 
-    A missing pad token is filled with the EOS token: padding is only ever filling, masks are explicit.
+    A missing pad token is filled with the EOS token: padding is only ever filling, masks are
+    explicit.
 
     Raises:
-        ConfigError: The source does not exist, or the tokenizer has no EOS and `eos_token` names none.
+        ConfigError: The source does not exist, or the tokenizer has no EOS and `eos_token` names
+            none.
     """
     if isinstance(source, str | os.PathLike):
         tokenizer = _tokenizer_from_pretrained(os.fspath(source), trust_remote_code)
@@ -306,8 +308,10 @@ def _cannot_load(source: str, what: str, error: Exception) -> ConfigError:
     folder = Path(source).expanduser().is_dir()
     cause = f"the {what} {source!r} cannot be loaded: {_first_line(error)}"
     if not folder:
-        cause = f"{source!r} is no folder here, and as a hub id it cannot be loaded: {_first_line(error)}"
-    fix = f"check the folder given as `{what}`" if folder else f"check the path or hub id in `{what}`"
+        cause = f"{source!r} is no folder here, nor can the hub provide it: {_first_line(error)}"
+    fix = (
+        f"check the folder given as `{what}`" if folder else f"check the path or hub id in `{what}`"
+    )
     return ConfigError(cause, place=what, fix=fix)
 
 
@@ -316,7 +320,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _unreachable(source: str, what: str) -> ConfigError | None:
-    """Return an error for a hub id that is neither cached nor reachable, instead of a minute of retries."""
+    """Return an error for a hub id neither cached nor reachable, sparing a minute of retries."""
     if Path(source).expanduser().exists():
         return None
     from huggingface_hub import constants, try_to_load_from_cache

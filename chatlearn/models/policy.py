@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PolicyInference`: samples responses to prompts with the current policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from chatlearn import columns
+from chatlearn.config import ModuleConfig, active
+from chatlearn.errors import BatchError, ChatLearnError
+from chatlearn.module import BaseModule
+from chatlearn.rollout.base import Completion, Progress, PromptRequest, SamplingParams
+from chatlearn.training.loading import Device, DType, check_source, load, resolve_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from chatlearn.rollout.prompts import PromptEncoder
+    from chatlearn.rollout.transformers import TransformersEngine
+
+
+class PolicyInference(BaseModule):
+    """Sample one response per sample: training's in `forward_step`, evaluation's in `eval_step`.
+
+    Reads `prompt` (text or chat messages) or `prompt_ids`, and `uid`. Adds `prompt_ids`,
+    `response_ids`, `rollout_logprobs`, `completion`, `finish_reason`, `temperature` and
+    `policy_version`; see `chatlearn.columns`. A response is a function of the weights, the prompt,
+    the seed and the uid alone.
+
+    Example:
+        >>> policy = PolicyInference("policy", model="Qwen/Qwen3-0.6B", max_new_tokens=128)
+    """
+
+    class Config(ModuleConfig):
+        """Fields of `models.<name>`, those set most often first."""
+
+        model: Any
+        """Folder or hub id; a dict with `model_type` (random weights); or a callable that returns
+        (model, tokenizer)."""
+        max_new_tokens: int = Field(default=256, ge=1)
+        """Tokens of a response at most."""
+        temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+        """Divides the logits; 0 takes the most likely token."""
+        tokenizer: Any = None
+        """Folder, hub id, or a callable that returns one; None takes the model's."""
+        top_p: float = Field(default=1.0, gt=0, le=1)
+        """Sample from the smallest set of tokens with at least this probability. Below 1 the
+        trainer's log-probs are not those of what was sampled from."""
+        top_k: int = Field(default=0, ge=0)
+        """Sample from this many most likely tokens; 0 takes all. See `top_p`."""
+        stop: list[str] = Field(default_factory=list[str])
+        """Texts that end a response; they stay part of it."""
+        max_prompt_tokens: int | None = Field(default=None, ge=1)
+        """A longer prompt is an error; None allows what the model's positions allow."""
+        eval_temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+        """`temperature` in evaluation; None takes `temperature`."""
+        eval_top_p: float | None = Field(default=None, gt=0, le=1)
+        """`top_p` in evaluation; None takes `top_p`."""
+        eval_top_k: int | None = Field(default=None, ge=0)
+        """`top_k` in evaluation; None takes `top_k`."""
+        eval_max_new_tokens: int | None = Field(default=None, ge=1)
+        """`max_new_tokens` in evaluation; None takes `max_new_tokens`."""
+        dtype: DType = "fp32"
+        """Precision of weights and matrix products; log-probs are fp32, from the logits."""
+        device: Device = "auto"
+        """Where the model lives; auto takes a GPU if there is one."""
+        chat_template: bool | None = None
+        """Apply the chat template: None to chat messages, True to plain text too, False never."""
+        add_bos: bool | None = None
+        """Begin plain text with a BOS token; None does what the tokenizer does by itself."""
+        eos_token: str | None = None
+        """Token that ends a response, for a tokenizer that names none or another one."""
+        attn_implementation: str | None = None
+        """Attention of transformers ("sdpa", "eager", ...); None lets transformers choose."""
+        trust_remote_code: bool = False
+        """Whether code that comes with the model may run."""
+        seed: int | None = None
+        """Seed of sampling, and of the weights of a model made from a dict; None takes
+        `runtime.seed`."""
+
+    progress: Progress | None = None
+    """Called after each decoding step with the number of tokens it added; for a live display."""
+
+    def check_config(self) -> list[ChatLearnError]:
+        """Return what is wrong with the model's and the tokenizer's source."""
+        return check_source(self.config.model, self.config.tokenizer)
+
+    def setup(self) -> None:
+        """Load the model and its tokenizer; weights take no gradient here."""
+        from chatlearn.rollout.prompts import PromptEncoder
+        from chatlearn.rollout.transformers import TransformersEngine
+
+        config = self.config
+        loaded = load(
+            config.model,
+            config.tokenizer,
+            dtype=config.dtype,
+            device=config.device,
+            attn=config.attn_implementation,
+            seed=self._seed(),
+            eos_token=config.eos_token,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.model = loaded.model.requires_grad_(False)
+        self.tokenizer = loaded.tokenizer
+        self._encoder: PromptEncoder = PromptEncoder(
+            tokenizer=loaded.tokenizer,
+            chat_template=config.chat_template,
+            add_bos=config.add_bos,
+            max_tokens=config.max_prompt_tokens,
+        )
+        self._engine: TransformersEngine = TransformersEngine(loaded.model, loaded.tokenizer)
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Sample one response per sample of `data`, with training's settings.
+
+        Args:
+            data: Columns `uid` and `prompt` or `prompt_ids`; `[B]`.
+
+        Returns:
+            `data` with the columns that the class lists.
+
+        Raises:
+            BatchError: `uid` or both prompt columns are missing.
+            DataError: A prompt is no prompt, is empty, or is too long.
+        """
+        config = self.config
+        params = SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            stop=tuple(config.stop),
+            max_new_tokens=config.max_new_tokens,
+        )
+        return self._generate(data, params, self._seed())
+
+    def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Sample as `forward_step` does, with evaluation's settings and its own random numbers.
+
+        Every evaluation uses the same random numbers for the same uid, so that two of them differ
+        by the weights alone.
+        """
+        from chatlearn.rollout.sampling import derive_seed
+
+        config = self.config
+        params = SamplingParams(
+            temperature=_first(config.eval_temperature, config.temperature),
+            top_p=_first(config.eval_top_p, config.top_p),
+            top_k=_first(config.eval_top_k, config.top_k),
+            stop=tuple(config.stop),
+            max_new_tokens=_first(config.eval_max_new_tokens, config.max_new_tokens),
+        )
+        return self._generate(data, params, derive_seed(self._seed(), "eval"))
+
+    def onload(self) -> None:
+        """Bring the weights to the configured device."""
+        if self.model is not None:
+            self.model.to(resolve_device(self.config.device))
+
+    def offload(self) -> None:
+        """Take the weights to the CPU."""
+        if self.model is not None:
+            self.model.to("cpu")
+
+    def _seed(self) -> int:
+        seed: int | None = self.config.seed
+        return active().runtime.seed if seed is None else seed
+
+    def _generate(self, data: dict[str, Any], params: SamplingParams, seed: int) -> dict[str, Any]:
+        """Encode prompts, sample, and add the columns."""
+        uids = self._uids(data)
+        prompt_ids = self._prompt_ids(data, uids)
+        requests = [PromptRequest(uid, ids) for uid, ids in zip(uids, prompt_ids, strict=True)]
+        done = self._engine.generate(requests, params, seed=seed, progress=self.progress)
+        self._report(prompt_ids, done)
+        data.update(self._columns(prompt_ids, done, params.temperature))
+        return data
+
+    def _uids(self, data: dict[str, Any]) -> list[int]:
+        if columns.UID not in data:
+            raise BatchError(
+                f"the batch has no column {columns.UID!r}, which keys each sample's random numbers",
+                place=f"module {self.name!r}",
+                fix="let an engine run the flow, or add it: data['uid'] = list(range(n))",
+            )
+        return [int(uid) for uid in data[columns.UID]]
+
+    def _prompt_ids(self, data: dict[str, Any], uids: list[int]) -> list[Tensor]:
+        if columns.PROMPT_IDS in data:
+            ids: list[Tensor] = [ids.cpu() for ids in data[columns.PROMPT_IDS]]
+            self._encoder.check(ids, uids=uids)
+            return ids
+        if columns.PROMPT not in data:
+            raise BatchError(
+                f"the batch has neither {columns.PROMPT!r} nor {columns.PROMPT_IDS!r}, "
+                f"only {sorted(data)}",
+                place=f"module {self.name!r}",
+                fix="give the dataset a `prompt` column",
+            )
+        return self._encoder.encode(data[columns.PROMPT], uids=uids)
+
+    def _columns(
+        self, prompt_ids: list[Tensor], done: Sequence[Completion], temperature: float
+    ) -> dict[str, Any]:
+        import torch
+
+        responses = [completion.response_ids for completion in done]
+        return {
+            columns.PROMPT_IDS: prompt_ids,
+            columns.RESPONSE_IDS: responses,
+            columns.ROLLOUT_LOGPROBS: [completion.logprobs for completion in done],
+            columns.COMPLETION: [
+                self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses
+            ],
+            columns.FINISH_REASON: [completion.finish_reason for completion in done],
+            columns.TEMPERATURE: torch.full((len(done),), temperature, dtype=torch.float32),
+            columns.POLICY_VERSION: torch.full((len(done),), self.policy_version),
+        }
+
+    def _report(self, prompt_ids: list[Tensor], done: Sequence[Completion]) -> None:
+        if not done:
+            return
+        lengths = [len(completion.response_ids) for completion in done]
+        self.log(
+            generated_tokens=sum(lengths),
+            prompt_length=sum(map(len, prompt_ids)) / len(done),
+            response_length=sum(lengths) / len(done),
+            response_length_max=max(lengths),
+            stop_fraction=sum(c.finish_reason == "stop" for c in done) / len(done),
+            # The mean of -log p over sampled tokens estimates the policy's entropy per token.
+            sampled_entropy=-sum(float(c.logprobs.sum()) for c in done) / sum(lengths),
+        )
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value
