@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 
 from chatlearn import __version__
-from chatlearn.errors import ChatLearnError, ConfigError, ModuleError
+from chatlearn.errors import ChatLearnError, ConfigError, FlowError, ModuleError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -117,7 +117,9 @@ def graph(
         written: list[Path] = []
         for name, flow in checked.graphs.items():
             written += _draw(name, flow, out)
-        typer.echo(f"wrote {', '.join(map(str, written))}" if written else "there are no flows")
+        if written:
+            typer.echo(f"wrote {', '.join(map(str, written))}")
+        _stop_at([problem for problem in checked.problems if isinstance(problem, FlowError)])
 
 
 @app.command()
@@ -125,7 +127,8 @@ def explain(context: typer.Context, target: Target, overrides: Overrides = None)
     """Print the arithmetic of the episodes and who set each value."""
     with _command(target, overrides) as script:
         checked: Checked = _inspect(script, context.obj or (), _check)
-        _print_arithmetic(checked)
+        if not checked.problems:
+            _print_arithmetic(checked)
         _print_values(checked.modules)
         _stop_at(checked.problems)
 
@@ -134,7 +137,7 @@ def explain(context: typer.Context, target: Target, overrides: Overrides = None)
 def evaluate(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
     """Evaluate instead of training."""
     with _command(target, overrides) as script:
-        results = _inspect(script, context.obj or (), lambda subject: subject.eval())
+        results = _inspect(script, context.obj or (), _evaluate)
         for name, batches in results.items():
             typer.echo(_summary(name, batches))
 
@@ -224,6 +227,13 @@ def _check(subject: Any) -> Checked:
     return subject.check()
 
 
+def _evaluate(subject: Any) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    try:
+        return subject.eval()
+    finally:
+        subject.stop()
+
+
 # Saying what was found
 
 
@@ -283,6 +293,8 @@ def _print_arithmetic(checked: Checked) -> None:
     from chatlearn.arithmetic import run_plan
     from chatlearn.config import active
 
+    if not {"env_flow", "trainer_flow"}.intersection(checked.graphs):
+        return  # evaluation alone has no episodes
     typer.echo(run_plan(active().runtime, checked.dataset_size).describe())
 
 
@@ -294,7 +306,10 @@ def _print_values(modules: Sequence[BaseModule]) -> None:
 
     config = active()
     sections: dict[str, BaseModel] = {"runtime": config.runtime}
-    sections.update({f"models.{module.name}": module.config for module in modules})
+    for module in modules:
+        # A module whose configuration is refused stands among the problems already.
+        with suppress(ConfigError):
+            sections[f"models.{module.name}"] = module.config
     table = Table("key", "value", "set by", box=None, pad_edge=False, header_style="bold")
     for section, values in sections.items():
         for field in type(values).model_fields:

@@ -39,6 +39,8 @@ class StandIn:
     def learn(self):
         intercept(self)
         print("learning", active().runtime.num_episode, active().runtime.seed)
+    def stop(self):
+        pass
     def eval(self):
         import torch
         return {"reward": [{"uid": torch.tensor([0, 1]), "rewards": torch.tensor([0.0, 1.0])},
