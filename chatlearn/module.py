@@ -15,8 +15,9 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from chatlearn.config import Config as RunConfig
 from chatlearn.config import ModuleConfig, active
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ChatLearnError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,6 +82,7 @@ class BaseModule:
         self._padding: dict[str, tuple[float, Literal["left", "right"]]] = {}
         self._shared: dict[str, Any] = {}
         self._metrics: list[dict[str, float]] = []
+        self._is_set_up = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -97,7 +99,7 @@ class BaseModule:
     def config(self) -> Any:
         """The resolved, typed configuration: defaults < constructor settings < YAML < overrides."""
         if self._config is None:
-            self._config = active().module(self.name, type(self).Config, self._settings)
+            self.resolve_config(active())
         return self._config
 
     @config.setter
@@ -108,7 +110,15 @@ class BaseModule:
             fix="keep your own value under another attribute name",
         )
 
+    def resolve_config(self, config: RunConfig) -> None:
+        """Resolve this module's configuration anew; raises `ConfigError` on unknown or mistyped fields."""
+        self._config = config.module(self.name, type(self).Config, self._settings)
+
     # ---- hooks a user may override -------------------------------------------------------------------------------
+
+    def check_config(self) -> list[ChatLearnError]:
+        """Return what can be found wrong without loading weights; called before anything expensive starts."""
+        return []
 
     def setup(self) -> None:
         """Make weights and other heavy state; runs once per replica, where the module lives."""
@@ -151,7 +161,7 @@ class BaseModule:
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Take over what `training_state()` returned."""
 
-    def export(self, folder: Path) -> bool:
+    def export_model(self, folder: Path) -> bool:
         """Write the model to `folder` in a format others can load; tell whether there was anything to write."""
         return False
 
@@ -165,9 +175,27 @@ class BaseModule:
         """Return the value that some module shared under `key`, else `default`."""
         return self._shared.get(key, default)
 
-    def log(self, **metrics: float) -> None:
-        """Report numbers of this call; the engine averages them over the episode's calls and logs them."""
-        self._metrics.append({name: float(value) for name, value in metrics.items()})
+    def set_up_once(self) -> None:
+        """Run `setup()` unless it has run since the module was last released."""
+        if not self._is_set_up:
+            self.setup()
+            self._is_set_up = True
+
+    def release(self) -> None:
+        """Have the next engine set the module up anew."""
+        self._is_set_up = False
+
+    def connect_shared(self, values: dict[str, Any]) -> None:
+        """Join the values that the engine's modules share; what was put before comes along."""
+        values.update(self._shared)
+        self._shared = values
+
+    def log(self, metrics: Mapping[str, float] | None = None, /, **more: float) -> None:
+        """Report numbers of this call; the engine averages them over the episode's calls and logs them.
+
+        Names that end in `_tokens` are summed, those in `_max` and `_min` take the extreme.
+        """
+        self._metrics.append({k: float(v) for k, v in {**(metrics or {}), **more}.items()})
 
     def add_padding_config(
         self, key: str, value: float, side: Literal["left", "right"] = "right"
@@ -181,10 +209,19 @@ class BaseModule:
         self._padding[key] = (value, side)
 
 
-RESERVED_METHODS = frozenset(
+_SERVICES = frozenset(
+    {"put", "get", "log", "add_padding_config", "connect_shared", "resolve_config", "release"}
+)
+_HOOKS = frozenset(
     name for name, value in vars(BaseModule).items() if callable(value) and not name.startswith("_")
 )
-"""Hooks and services of `BaseModule`: never nodes of a flow."""
+
+
+def may_be_node(module: BaseModule, method: str) -> bool:
+    """Tell whether a method is a step: no hook, and no service of `BaseModule` unless the user redefined it."""
+    if method in _SERVICES:
+        return getattr(type(module), method) is not getattr(BaseModule, method)
+    return method not in _HOOKS
 
 
 @functools.lru_cache(maxsize=4096)

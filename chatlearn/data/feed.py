@@ -33,7 +33,11 @@ class Feed:
     """
 
     def __init__(
-        self, datasets: Sequence[Dataset], draws: Sequence[Draw], group_size: int, first_prompt: int = 0
+        self,
+        datasets: Sequence[Dataset],
+        draws: Sequence[Draw],
+        group_size: int,
+        first_prompt: int = 0,
     ) -> None:
         self._datasets = datasets
         self._draws = draws

@@ -51,7 +51,9 @@ def load_prompts(source: Source, *, split: str = "train", what: str = "the datas
         )
     if len(rows) == 0:
         raise DataError(
-            f"{what} is empty", place=str(source) if isinstance(source, str | Path) else "", fix="give it rows"
+            f"{what} is empty",
+            place=str(source) if isinstance(source, str | Path) else "",
+            fix="give it rows",
         )
     return rows
 
@@ -138,7 +140,8 @@ def check_prompt(prompt: Any, place: str) -> None:
     elif isinstance(prompt, list):
         messages = cast("list[Any]", prompt)
         if messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
+            for m in messages
         ):
             return
         problem = "is a list, but not of chat messages"

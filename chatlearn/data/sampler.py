@@ -38,7 +38,12 @@ class PromptSampler:
     """
 
     def __init__(
-        self, sizes: Sequence[int], *, ratio: Sequence[int] | None = None, shuffle: bool = False, seed: int = 0
+        self,
+        sizes: Sequence[int],
+        *,
+        ratio: Sequence[int] | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
     ) -> None:
         quotas = list(ratio or [1] * len(sizes))
         if len(quotas) != len(sizes):

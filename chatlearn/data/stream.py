@@ -87,8 +87,6 @@ class StreamDataset:
 
     def _step(self, positions: list[int]) -> Step:
         micro = self._micro or len(positions)
-        parts = tuple(
-            tuple(positions[i : i + micro]) for i in range(0, len(positions), micro)
-        )
+        parts = tuple(tuple(positions[i : i + micro]) for i in range(0, len(positions), micro))
         self._steps += 1
         return Step(self._steps - 1, parts)

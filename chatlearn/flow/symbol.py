@@ -96,14 +96,20 @@ _REFUSALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     ("call", "pass it to a module's step method", ("__call__",)),
-    ("await", "leave out `await`: step methods may be `async def`, flows are plain", ("__await__",)),
+    (
+        "await",
+        "leave out `await`: step methods may be `async def`, flows are plain",
+        ("__await__",),
+    ),
     ("enter", "use `with ControlDependencies(value):` to order nodes", ("__enter__", "__exit__")),
 )
 
 
 def _refusal(verb: str, fix: str) -> Callable[..., NoReturn]:
     def refuse(self: Symbol, *args: Any, **kwargs: Any) -> NoReturn:
-        raise FlowError(f"cannot {verb} {self!r} while a flow is traced", place=user_place(), fix=fix)
+        raise FlowError(
+            f"cannot {verb} {self!r} while a flow is traced", place=user_place(), fix=fix
+        )
 
     return refuse
 

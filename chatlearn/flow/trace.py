@@ -16,7 +16,7 @@ from typing import Any, cast
 from chatlearn.errors import FlowError
 from chatlearn.flow.graph import FEED, FlowGraph, Node
 from chatlearn.flow.symbol import Symbol, raising_place, user_place
-from chatlearn.module import ACTIVE_TRACER, RESERVED_METHODS, BaseModule
+from chatlearn.module import ACTIVE_TRACER, BaseModule, may_be_node
 
 Flow = Callable[..., Any]
 
@@ -96,7 +96,10 @@ class ControlDependencies:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         _CONTROL.reset(self._token)
 
@@ -135,7 +138,13 @@ class _Trace:
         self, module: BaseModule, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Symbol:
         place = user_place()
-        if method in RESERVED_METHODS:
+        if "name" not in vars(module):
+            raise FlowError(
+                f"a {type(module).__name__} has no name",
+                place=place,
+                fix="call super().__init__(name) in its constructor",
+            )
+        if not may_be_node(module, method):
             raise FlowError(
                 f"`{method}` of {module!r} is a hook or service of modules, not a step",
                 place=place,

@@ -67,7 +67,11 @@ class FlowRun:
     """Track one pass of a flow. Feed it finished calls; ask it which tasks may start."""
 
     def __init__(
-        self, nodes: Sequence[NodeSpec], outputs: Sequence[int], uids: Sequence[int], groups: Sequence[int]
+        self,
+        nodes: Sequence[NodeSpec],
+        outputs: Sequence[int],
+        uids: Sequence[int],
+        groups: Sequence[int],
     ) -> None:
         self._feed = _Space(list(uids), list(groups), closed=True)
         self._outputs = tuple(outputs)
@@ -102,13 +106,18 @@ class FlowRun:
 
     def inputs(self, task: Task) -> tuple[tuple[Piece, ...], ...]:
         """Return where each input of a task that may start is to be found."""
-        return tuple(self._pieces(source, task.start, task.stop) or () for source in self.nodes[task.node].spec.inputs)
+        return tuple(
+            self._pieces(source, task.start, task.stop) or ()
+            for source in self.nodes[task.node].spec.inputs
+        )
 
     def uids(self, task: Task) -> Sequence[int]:
         """Return the uids of a task's samples."""
         return self.nodes[task.node].space.uids[task.start : task.stop]
 
-    def newly_delivered(self) -> tuple[int, int, tuple[tuple[Piece, ...], ...], Sequence[int]] | None:
+    def newly_delivered(
+        self,
+    ) -> tuple[int, int, tuple[tuple[Piece, ...], ...], Sequence[int]] | None:
         """Return the samples, in order, for which all returned nodes have finished since the last call, if any."""
         if not self._outputs:
             return None
@@ -135,7 +144,9 @@ class FlowRun:
         return self._common_space(spec.inputs, spec.name)
 
     def _common_space(self, sources: Sequence[int], who: str) -> _Space:
-        spaces = [self._feed if s == FEED else self.nodes[s].out_space for s in sources] or [self._feed]
+        spaces = [self._feed if s == FEED else self.nodes[s].out_space for s in sources] or [
+            self._feed
+        ]
         if any(space is not spaces[0] for space in spaces):
             raise FlowError(
                 f"inputs of {who} lie on both sides of a filter, so their samples do not correspond",

@@ -204,7 +204,11 @@ class Scheduler:
     def _call(self, task: Task | StepTask, priority: tuple[int, ...], replicas: _Replicas) -> Call:
         if isinstance(task, Task):
             assert self.flow is not None
-            spec, inputs, uids = self.flow.nodes[task.node].spec, self.flow.inputs(task), self.flow.uids(task)
+            spec, inputs, uids = (
+                self.flow.nodes[task.node].spec,
+                self.flow.inputs(task),
+                self.flow.uids(task),
+            )
             size, step = task.stop - task.start, None
         else:
             assert self.training is not None

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run must remember to go on with the next sample: `checkpoint.json` in every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatlearn.errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass
+class RunState:
+    """Counters of a run; everything else that resumes (weights, optimiser, RNG) lies beside it.
+
+    Example:
+        `{"episode": 12, "train_iteration": 48, "prompts_drawn": 768, "iterations": {"policy.forward_step": 96}, ...}`
+    """
+
+    episode: int = 0
+    """Episodes done."""
+    train_iteration: int = 0
+    """Train steps done."""
+    prompts_drawn: int = 0
+    """Prompts taken from the datasets; the sampler's whole state."""
+    dataset_sizes: list[int] = field(default_factory=list[int])
+    """Rows of each dataset, to notice that one changed."""
+    iterations: dict[str, int] = field(default_factory=dict[str, int])
+    """Calls so far of each `module.method`."""
+    policy_versions: dict[str, int] = field(default_factory=dict[str, int])
+    """Parameter syncs received, per module."""
+    config_digest: str = ""
+    """SHA-256 of the resolved configuration."""
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Return `iterations` as the scheduler keeps them."""
+        split = {tuple(key.rsplit(".", 1)): count for key, count in self.iterations.items()}
+        return Counter({(key[0], key[1]): count for key, count in split.items()})
+
+    def to_json(self) -> str:
+        """Return the content of `checkpoint.json`."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunState:
+        """Read `checkpoint.json` of a checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or of another format.
+        """
+        path = folder / "checkpoint.json"
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                "no checkpoint here",
+                place=str(folder),
+                fix="name a folder that holds checkpoint.json",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint is damaged: {error}", place=str(path)) from error
+        if values.pop("format", None) != FORMAT:
+            raise CheckpointError("the checkpoint has another format", place=str(path))
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"the checkpoint is damaged: {error}", place=str(path)) from error

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Engine`: three flows, the datasets they run on, and the loop that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from chatlearn.config import active
+from chatlearn.data.prompts import Source
+from chatlearn.errors import EngineError
+from chatlearn.executors import Environment, Evaluator, PostProcess, Trainer
+from chatlearn.flow.trace import Flow
+from chatlearn.inspection import intercept
+from chatlearn.module import BaseModule
+from chatlearn.program import Program, SyncPair, compile_program, raise_problems
+from chatlearn.run import Run, RunResult
+from chatlearn.stage import Results, Stage
+
+
+class Engine:
+    """Run an environment, a trainer and an evaluator flow; each may be left out.
+
+    With an environment and no trainer the engine generates; with a trainer and no environment it trains on the
+    dataset itself; with an evaluator alone it evaluates.
+
+    Example:
+        >>> engine = Engine(Environment(env_flow), Trainer(trainer_flow), Evaluator(eval_flow).set_dataset(val))
+        >>> engine.set_parameter_sync(learner, policy).set_dataset(prompts).learn()
+    """
+
+    def __init__(
+        self,
+        environment: Environment | None = None,
+        trainer: Trainer | None = None,
+        evaluator: Evaluator | None = None,
+        name: str = "engine",
+    ) -> None:
+        self.name = name
+        self._sync_pairs: list[SyncPair] = []
+        self._stage: Stage | None = None
+        self.environment = _component(environment, Environment, "set_environment")
+        self.trainer = _component(trainer, Trainer, "set_trainer")
+        self.evaluator = _component(evaluator, Evaluator, "set_evaluator")
+
+    def learn(self) -> RunResult | None:
+        """Run `runtime.num_episode` episodes; the whole loop stands here.
+
+        Raises:
+            ChatLearnError: something is wrong with the flows, the configuration or the data (before any module is
+                set up), or a module failed (`ModuleError`; its original exception is the cause).
+        """
+        intercept(self)
+        program = self._checked()
+        if program.data_owner is None:
+            self.eval()
+            return None
+        try:
+            with Run(program, self._set_stage(program), self.evaluator) as run:
+                run.sync_parameters(first=True)
+                if run.config.enable_eval_before_training and run.state.episode == 0:
+                    run.evaluate()
+                for _ in run.episodes():
+                    run.generate_and_train()
+                    run.sync_parameters()
+                    run.evaluate_if_due()
+                    run.save_if_due()
+        except BaseException:
+            self.stop()
+            raise
+        return run.result
+
+    def eval(self) -> Results:
+        """Evaluate now, with the modules as they are, and return `{model_name: [batch, ...]}`."""
+        intercept(self)
+        if self.evaluator is None:
+            raise EngineError(
+                "the engine has no evaluator", fix="write engine.set_evaluator(evaluator)"
+            )
+        return self.evaluator.eval()
+
+    def check(self) -> Program:
+        """Trace and validate everything without setting modules up; see `Program.problems`."""
+        return compile_program(
+            active(), self.environment, self.trainer, self.evaluator, self._sync_pairs
+        )
+
+    def set_dataset(self, dataset: Source) -> Self:
+        """Run episodes over `dataset`: a list, a torch or Hugging Face dataset, or a path."""
+        return self.set_multiple_datasets([dataset])
+
+    def set_multiple_datasets(self, datasets: Sequence[Source]) -> Self:
+        """Run episodes over several datasets, taken in turn by `runtime.data_ratio`."""
+        owner = self.environment or self.trainer
+        if owner is None:
+            raise EngineError(
+                "the engine has neither environment nor trainer to give a dataset to",
+                fix="give the evaluator its own: Evaluator(eval_flow).set_dataset(prompts)",
+            )
+        owner.set_multiple_datasets(datasets)
+        return self
+
+    def set_parameter_sync(self, source: BaseModule, destination: BaseModule) -> Self:
+        """Carry the weights of `source` to `destination` before the first and after every due episode."""
+        for module in (source, destination):
+            if not isinstance(module, BaseModule):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise EngineError(f"set_parameter_sync takes two modules, not {module!r}")
+        self._sync_pairs.append((source, destination))
+        return self
+
+    def set_environment(self, environment: Environment | None) -> Self:
+        """Set who samples and scores."""
+        self.environment = _component(environment, Environment, "set_environment")
+        return self
+
+    def set_trainer(self, trainer: Trainer | None) -> Self:
+        """Set who learns."""
+        self.trainer = _component(trainer, Trainer, "set_trainer")
+        return self
+
+    def set_evaluator(self, evaluator: Evaluator | None) -> Self:
+        """Set who is measured."""
+        self.evaluator = _component(evaluator, Evaluator, "set_evaluator")
+        return self
+
+    def stop(self) -> None:
+        """Release the modules; safe to call twice and after a failure."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+        if self.evaluator is not None:
+            self.evaluator.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _checked(self) -> Program:
+        program = self.check()
+        raise_problems(program.problems)
+        return program
+
+    def _set_stage(self, program: Program) -> Stage:
+        if self._stage is not None:
+            self.stop()
+        self._stage = Stage(program.modules, program.config.runtime)
+        if self.evaluator is not None:
+            self.evaluator.stage = self._stage
+        return self._stage
+
+
+class EvalEngine:
+    """Evaluate without training.
+
+    Example:
+        >>> EvalEngine(eval_flow).set_dataset(prompts).eval()
+    """
+
+    def __init__(self, flow: Flow | None = None, evaluator: Evaluator | None = None) -> None:
+        if isinstance(flow, Evaluator):
+            flow, evaluator = None, flow
+        if (flow is None) == (evaluator is None):
+            raise EngineError("EvalEngine takes an evaluation flow, or an Evaluator")
+        self.evaluator = evaluator or Evaluator(flow)  # pyright: ignore[reportArgumentType]
+
+    def set_dataset(self, dataset: Source) -> Self:
+        """Evaluate on `dataset`."""
+        self.evaluator.set_dataset(dataset)
+        return self
+
+    def set_multiple_datasets(self, datasets: Sequence[Source]) -> Self:
+        """Evaluate on several datasets, one after the other."""
+        self.evaluator.set_multiple_datasets(datasets)
+        return self
+
+    def set_post_process_func(self, function: PostProcess) -> Self:
+        """Call `function(results, info)` after every evaluation."""
+        self.evaluator.set_post_process_func(function)
+        return self
+
+    def eval(self) -> Results:
+        """Evaluate now and return `{model_name: [batch, ...]}`."""
+        return self.evaluator.eval()
+
+    def check(self) -> Program:
+        """Trace and validate everything without setting modules up."""
+        return self.evaluator.check()
+
+    def stop(self) -> None:
+        """Release the modules; safe to call twice."""
+        self.evaluator.stop()
+
+
+def _component(value: Any, kind: type[Any], setter: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise EngineError(
+            f"{setter} takes {kind.__name__} or nothing, not {type(value).__name__}",
+            fix=f"wrap the flow: {kind.__name__}(flow)",
+        )
+    return value

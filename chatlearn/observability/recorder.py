@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a run leaves for people, behind one object: the engine reports here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from chatlearn.config import Config, ModuleConfig
+from chatlearn.errors import OutputError
+from chatlearn.flow.draw import to_mermaid, to_svg
+from chatlearn.flow.graph import FlowGraph
+from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
+from chatlearn.observability.progress import Progress
+from chatlearn.observability.report import write_report
+from chatlearn.observability.run_folder import RunFolder
+from chatlearn.observability.trackers import TensorBoardTracker, Tracker
+from chatlearn.observability.transcripts import Batch, TranscriptLog
+
+_SHOWN_AS = {"sync": "syncing", "evaluation": "evaluating", "checkpoint": "saving"}
+_TOKENS = "_tokens"
+
+
+class Call(Protocol):
+    """What is known of a finished call of a module."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def is_training(self) -> bool: ...
+
+
+class Recorder:
+    """Write a run's folder and show its progress.
+
+    Args:
+        config: of the run; `runtime.output_dir` names the folder, `runs/<script>` where it is not set.
+        wants_resume: whether the run may go on from what lies in the folder.
+    """
+
+    def __init__(self, config: Config, *, wants_resume: bool) -> None:
+        self._config = config
+        self.folder = _open_folder(config.runtime.output_dir, wants_resume)
+        self._stack = ExitStack()
+        self._stack.callback(self.folder.close)
+        self._progress: Progress | None = None
+        self._trackers: list[Tracker] = []
+        self._episode = EpisodeMetrics()
+        self._evaluation: dict[str, float] = {}
+        self._speeds: dict[str, tuple[float, float]] = {}
+        self._began = time.perf_counter()
+        self._first_evaluation: dict[str, float] = {}
+        self._last_evaluation: dict[str, float] = {}
+
+    # ---- start and end --------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        graphs: Mapping[str, FlowGraph],
+        modules: Mapping[str, ModuleConfig],
+        *,
+        episodes: int,
+        done: int,
+        resumed: bool,
+    ) -> None:
+        """Open the files, write configuration and drawings, begin to show progress."""
+        self._metrics = MetricStore(self.folder.metrics)
+        self._transcripts = TranscriptLog(self.folder.transcripts)
+        self._stack.callback(self._metrics.close)
+        self._stack.callback(self._transcripts.close)
+        if resumed:
+            self._metrics.rewind(done)
+            self._transcripts.rewind(done)
+        board = TensorBoardTracker(self.folder.tensorboard, done + 1 if resumed else None)
+        self._trackers.append(board)
+        self._stack.callback(board.close)
+        self.folder.write_text("config.yaml", _annotated(self._config, modules))
+        for name, graph in graphs.items():
+            self.folder.write_text(f"flows/{name}.svg", to_svg(graph))
+            self.folder.write_text(f"flows/{name}.mmd", to_mermaid(graph))
+        self._progress = self._stack.enter_context(Progress(episodes, done))
+        self.note(f"run folder: {self.folder.path}")
+        if self.folder.moved_to is not None:
+            self.note(f"an earlier run was moved to {self.folder.moved_to}")
+
+    def finish(self, episodes: int, seconds: float, *, complete: bool) -> None:
+        """Write the summary and the report."""
+        summary = {
+            "episodes": episodes,
+            "seconds": round(seconds, 3),
+            "complete": complete,
+            "evaluation_first": self._first_evaluation,
+            "evaluation_last": self._last_evaluation,
+        }
+        self.folder.write_text("summary.json", json.dumps(summary, indent=2))
+        self._metrics.close()
+        self._transcripts.close()
+        self.note(f"report: {write_report(self.folder.path)}")
+
+    def close(self) -> None:
+        """Close every file and release the folder; safe to call twice."""
+        self._stack.close()
+
+    # ---- during a run ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Show what the run does now, and add the time of the block to `time/<name>`."""
+        start = time.perf_counter()
+        self._show(_SHOWN_AS.get(name, name))
+        try:
+            yield
+        finally:
+            self._episode.add_time(name, time.perf_counter() - start)
+
+    def begin_episode(self, number: int) -> None:
+        """Start the numbers of an episode; what was measured before the first stays out of them."""
+        if number == 1 or self._evaluation:
+            self._write_row(number - 1, 0)
+        self._episode = EpisodeMetrics()
+        self._speeds = {}
+        self._began = time.perf_counter()
+
+    def call(self, call: Call) -> None:
+        """Take the numbers of a finished call of the environment or trainer flow."""
+        self._show("training" if call.is_training else f"{call.module}.{call.method}")
+        self._episode.add(call.module, call.method, call.metrics, call.samples)
+        phase = "trainer_flow" if call.is_training else "env_flow"
+        self._episode.add_time(phase, call.seconds)
+        for name, value in call.metrics.items():
+            if name.endswith(_TOKENS):
+                tokens, seconds = self._speeds.get(f"{call.module}/{name}", (0.0, 0.0))
+                self._speeds[f"{call.module}/{name}"] = (tokens + value, seconds + call.seconds)
+        if self._progress is not None:
+            self._progress.advance(call)
+
+    def samples(self, episode: int, batches: Batch | Sequence[Batch]) -> None:
+        """Keep transcripts of an episode's samples."""
+        self._transcripts.record(batches, episode=episode, phase="train")
+
+    def synced(self, pair: str, seconds: float, moved_bytes: int) -> None:
+        """Take the numbers of a parameter sync."""
+        self._episode.put(f"sync/{pair}/seconds", seconds)
+        self._episode.put(f"sync/{pair}/bytes", moved_bytes)
+
+    def evaluation_call(self, call: Call) -> None:
+        """Take note of a finished call of the evaluation flow."""
+        if self._progress is not None:
+            self._progress.advance(call)
+
+    def evaluation_done(
+        self, episode: int, results: Mapping[str, Sequence[Batch]], metrics: Mapping[str, float]
+    ) -> None:
+        """Keep what an evaluation measured, and transcripts of it."""
+        longest: Sequence[Batch] = max(results.values(), key=_columns, default=())
+        self._transcripts.record(list(longest), episode=episode, phase="eval")
+        self._evaluation = {f"eval/{name}": value for name, value in metrics.items()}
+        self._last_evaluation = dict(metrics)
+        self._first_evaluation = self._first_evaluation or dict(metrics)
+        if self._progress is not None:
+            self._progress.evaluation_done(metrics)
+
+    def episode_done(
+        self, episode: int, train_iteration: int, module_seconds: float
+    ) -> dict[str, float]:
+        """Write the numbers of an episode and return them.
+
+        `time/engine` is what of the episode passed outside modules, syncs, evaluations and checkpoints.
+        """
+        wall = time.perf_counter() - self._began
+        summary = self._episode.summary()
+        other = sum(summary.get(f"time/{name}", 0.0) for name in _SHOWN_AS)
+        self._episode.put("time/episode", wall)
+        self._episode.put("time/engine", max(wall - module_seconds - other, 0.0))
+        for name, (tokens, seconds) in self._speeds.items():
+            self._episode.put(f"{name}_per_s", tokens / max(seconds, 1e-9))
+        metrics = self._write_row(episode, train_iteration)
+        if self._progress is not None:
+            self._progress.episode_done(metrics)
+        return metrics
+
+    def note(self, text: str) -> None:
+        """Show a line of its own."""
+        if self._progress is not None:
+            self._progress.note(text)
+
+    def _write_row(self, episode: int, train_iteration: int) -> dict[str, float]:
+        metrics = {**self._episode.summary(), **self._evaluation}
+        self._evaluation = {}
+        if metrics:
+            self._metrics.write(episode, train_iteration, metrics)
+            for tracker in self._trackers:
+                tracker.log(episode, metrics)
+        return metrics
+
+    def _show(self, phase: str) -> None:
+        if self._progress is not None:
+            self._progress.phase(phase)
+
+
+def _columns(batches: Sequence[Batch]) -> int:
+    return len(batches[0]) if batches else 0
+
+
+def _annotated(config: Config, modules: Mapping[str, ModuleConfig]) -> str:
+    return config.to_yaml(modules)
+
+
+def _open_folder(path: Path | None, wants_resume: bool) -> RunFolder:
+    """Open the folder that was asked for, or `runs/<script>`, or the first free one numbered after it."""
+    if path is not None:
+        return RunFolder(path, resume=wants_resume)
+    script = Path(sys.argv[0] or "session")
+    name = script.parent.name if script.stem == "__main__" else script.stem
+    default = Path("runs") / (name or "session")
+    for number in range(1, 100):
+        candidate = default if number == 1 else default.with_name(f"{default.name}-{number}")
+        try:
+            return RunFolder(candidate, resume=wants_resume)
+        except OutputError as error:
+            if "another run" not in error.cause:
+                raise
+    raise OutputError("a hundred runs are writing already", place=str(default))

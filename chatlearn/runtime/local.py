@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The in-process driver: carries the scheduler's commands out, one call at a time. It is the reference backend."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from chatlearn.errors import BatchError, ConfigError, EngineError
+from chatlearn.flow.batching import Batch, isolate, join, merge, normalise, size, take
+from chatlearn.flow.graph import FEED, FlowGraph
+from chatlearn.flow.steps import StepSource
+from chatlearn.module import BaseModule
+from chatlearn.runtime.protocol import Call, Command, Deliver, Finished, NodeSpec, Piece
+from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
+from chatlearn.runtime.store import SampleStore
+from chatlearn.runtime.worker import Result, Where, Worker
+
+
+class Feed(Protocol):
+    """The samples that enter a flow."""
+
+    uids: Sequence[int]
+    groups: Sequence[int]
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Return samples `start` to `stop`."""
+        ...
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """What an observer learns of a finished call."""
+
+    module: str
+    method: str
+    samples: int
+    seconds: float
+    metrics: Mapping[str, float]
+    is_training: bool
+
+
+Observer = Callable[[CallReport], None]
+
+
+@dataclass
+class FlowWork:
+    """An environment or evaluation flow to run over a feed."""
+
+    graph: FlowGraph
+    feed: Feed
+
+
+@dataclass
+class TrainWork:
+    """A trainer flow to run over global batches; `samples` are given when no flow delivers them."""
+
+    graph: FlowGraph
+    source: StepSource
+    samples: Batch | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run of flows gave."""
+
+    samples: SampleStore = field(default_factory=SampleStore)
+    """Merged columns of the environment flow's returned nodes, in order."""
+    results: dict[int, list[Batch]] = field(default_factory=dict[int, list[Batch]])
+    """Per returned node of the flow, its batches in order."""
+    uids: list[int] = field(default_factory=list[int])
+    """Uids of the delivered samples, in order."""
+    steps: int = 0
+    """Train steps finished."""
+    module_seconds: float = 0.0
+    """Time spent inside modules."""
+
+
+class LocalRuntime:
+    """Hold every replica of every module in this process and run flows over them.
+
+    Replica 0 of a module is the user's own object; further ones are deep copies, made before `setup()`.
+    """
+
+    def __init__(self, modules: Sequence[BaseModule]) -> None:
+        shared: dict[str, Any] = {}
+        self.workers: dict[str, list[Worker]] = {}
+        for module in modules:
+            replicas = [module, *(_copy_of(module) for _ in range(1, module.config.num_replica))]
+            for replica_id, replica in enumerate(replicas):
+                replica.replica_id = replica_id
+                replica.connect_shared(shared)
+            self.workers[module.name] = [Worker(replica) for replica in replicas]
+
+    def hook(self, name: str, *args: Any, modules: Sequence[str] | None = None) -> None:
+        """Call a hook on every replica of the modules (of all, if none are named)."""
+        for module in modules if modules is not None else self.workers:
+            for worker in self.workers[module]:
+                worker.hook(name, *args)
+
+    def close(self) -> None:
+        """Let go of the replicas; in one process nothing else is held."""
+        for workers in self.workers.values():
+            workers[0].module.release()
+        self.workers = {name: workers[:1] for name, workers in self.workers.items()}
+
+    def specs(self, graph: FlowGraph, default_batch_size: int | None) -> list[NodeSpec]:
+        """Describe a graph's nodes to the scheduler."""
+        return [
+            NodeSpec(
+                node.index,
+                node.name,
+                node.module.name,
+                node.method,
+                node.inputs,
+                node.after,
+                node.module.config.generation_batch_size or default_batch_size,
+                node.module.batch_by,
+                node.module.filters_samples,
+            )
+            for node in graph.nodes
+        ]
+
+    def run(
+        self,
+        episode: int | None,
+        iterations: Iterations,
+        *,
+        flow: FlowWork | None = None,
+        trainer: TrainWork | None = None,
+        batch_size: int | None = None,
+        observer: Observer | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Run a flow, a trainer flow, or one feeding the other, to their end.
+
+        Raises:
+            ModuleError: a module's method raised.
+            BatchError: a module returned something that breaks the rules of batches.
+            KeyboardInterrupt: `interrupted()` was true before a train step had changed anything.
+        """
+        return _Pass(self, episode, flow, trainer, observer, interrupted).run(
+            iterations, batch_size
+        )
+
+
+class _Pass:
+    """One run of flows: the stores, and how each command is carried out."""
+
+    def __init__(
+        self,
+        runtime: LocalRuntime,
+        episode: int | None,
+        flow: FlowWork | None,
+        trainer: TrainWork | None,
+        observer: Observer | None,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self._runtime = runtime
+        self._episode = episode
+        self._flow = flow
+        self._trainer = trainer
+        self._observer = observer
+        self._interrupted = interrupted
+        self._outputs: dict[int, Batch] = {}
+        self._step_outputs: dict[int, list[Batch] | None] = {}
+        self._outcome = Outcome()
+        self._has_trained = False
+
+    def run(self, iterations: Iterations, batch_size: int | None) -> Outcome:
+        flow, trainer, runtime = self._flow, self._trainer, self._runtime
+        scheduler = Scheduler(
+            {name: range(len(workers)) for name, workers in runtime.workers.items()},
+            iterations,
+            flow=(
+                runtime.specs(flow.graph, batch_size),
+                flow.graph.outputs,
+                Samples(flow.feed.uids, flow.feed.groups),
+            )
+            if flow
+            else None,
+            trainer=(runtime.specs(trainer.graph, None), trainer.source) if trainer else None,
+        )
+        queue: list[tuple[tuple[int, ...], int, Call]] = []
+        self._take(scheduler.start(), queue)
+        if flow is None and trainer is not None and trainer.samples is not None:
+            self._outcome.samples.append(trainer.samples)
+            self._take(scheduler.deliver(size(trainer.samples)), queue)
+        while queue:
+            call = heapq.heappop(queue)[2]
+            if not self._has_trained and self._interrupted():
+                raise KeyboardInterrupt
+            self._take(scheduler.on(self._carry_out(call)), queue)
+        if not scheduler.complete:
+            raise EngineError(
+                "the flow cannot go on: some nodes wait for samples that never come",
+                fix="report this flow as a defect of the scheduler",
+            )
+        if flow and scheduler.flow:
+            for output in flow.graph.outputs:
+                calls = scheduler.flow.calls_of(output)
+                self._outcome.results[output] = [self._outputs[call] for call in calls]
+        self._outcome.steps = scheduler.training.steps if scheduler.training else 0
+        return self._outcome
+
+    def _take(
+        self, commands: Sequence[Command], queue: list[tuple[tuple[int, ...], int, Call]]
+    ) -> None:
+        for command in commands:
+            if isinstance(command, Deliver):
+                assert self._flow is not None
+                joined = self._join(
+                    command.inputs, self._flow.graph.outputs, "what the flow returns"
+                )
+                self._outcome.samples.append(joined)
+                self._outcome.uids += command.uids
+            else:
+                heapq.heappush(queue, (command.priority, command.id, command))
+
+    def _carry_out(self, call: Call) -> Finished:
+        return self._train(call) if call.step is not None else self._sample(call)
+
+    def _sample(self, call: Call) -> Finished:
+        assert self._flow is not None
+        graph, spec = self._flow.graph, call.node
+        node = graph.nodes[spec.index]
+        data = isolate(self._join(call.inputs, spec.inputs, spec.name))
+        result = self._call(call, data, node.constants, len(call.uids))
+        place = f"{spec.name}, {node.place}"
+        if result.value is None:
+            self._refuse_missing(graph, spec.index, place)
+            return Finished(call.id, () if spec.filters else None)
+        output = normalise(result.value, place)
+        kept = None
+        if spec.filters:
+            kept = _kept(call, output, place)
+        elif output and size(output) != len(call.uids):
+            raise BatchError(
+                f"{spec.name} returned {size(output)} samples for {len(call.uids)}",
+                place=place,
+                fix="return one entry per sample, or declare `filters_samples = True` on the class",
+            )
+        self._outputs[call.id] = output
+        return Finished(call.id, kept)
+
+    def _train(self, call: Call) -> Finished:
+        assert self._trainer is not None and call.step is not None
+        node = self._trainer.graph.nodes[call.node.index]
+        per_input = [self._step_input(piece[0], call) for piece in call.inputs]
+        names = [self._source_name(self._trainer.graph, source) for source in call.node.inputs]
+        data_list = [
+            isolate(join(list(zip(names, parts, strict=True)), call.node.name))
+            for parts in zip(*per_input, strict=True)
+        ]
+        self._has_trained = True
+        samples = sum(map(len, call.step.micro_batches))
+        result = self._call(call, data_list, node.constants, samples)
+        self._step_outputs[call.id] = _step_output(result.value, len(data_list), node.place)
+        if self._step_outputs[call.id] is None:
+            self._refuse_missing(self._trainer.graph, node.index, f"{node.name}, {node.place}")
+        return Finished(call.id)
+
+    def _step_input(self, piece: Piece, call: Call) -> list[Batch]:
+        assert call.step is not None
+        if piece.call == FEED:
+            return [self._outcome.samples.gather(part) for part in call.step.micro_batches]
+        return cast("list[Batch]", self._step_outputs[piece.call])
+
+    def _call(
+        self, call: Call, data: Batch | list[Batch], constants: Mapping[str, Any], samples: int
+    ) -> Result:
+        uids = call.uids
+        if call.step is not None and self._outcome.uids:
+            uids = [self._outcome.uids[i] for part in call.step.micro_batches for i in part]
+        worker = self._runtime.workers[call.node.module][call.replica]
+        result = worker.step(
+            call.node.method, data, call.iteration, constants, Where(self._episode, uids)
+        )
+        self._outcome.module_seconds += result.seconds
+        metrics = {**result.metrics, **_returned_metrics(call, result.value)}
+        if self._observer is not None:
+            self._observer(
+                CallReport(
+                    call.node.module,
+                    call.node.method,
+                    samples,
+                    result.seconds,
+                    metrics,
+                    call.step is not None,
+                )
+            )
+        return result
+
+    def _join(
+        self, inputs: tuple[tuple[Piece, ...], ...], sources: Sequence[int], place: str
+    ) -> Batch:
+        assert self._flow is not None
+        named: list[tuple[str, Batch]] = []
+        for pieces, source in zip(inputs, sources, strict=True):
+            name = self._source_name(self._flow.graph, source)
+            named.append((name, merge([self._piece(piece) for piece in pieces], name)))
+        return join(named, place)
+
+    def _piece(self, piece: Piece) -> Batch:
+        if piece.call == FEED:
+            assert self._flow is not None
+            return self._flow.feed.batch(piece.start, piece.stop)
+        return take(self._outputs[piece.call], piece.start, piece.stop)
+
+    @staticmethod
+    def _source_name(graph: FlowGraph, source: int) -> str:
+        return "batch" if source == FEED else graph.nodes[source].name
+
+    def _refuse_missing(self, graph: FlowGraph, index: int, place: str) -> None:
+        """A node may return nothing, unless somebody takes its output."""
+        takers = [node.name for node in graph.nodes if index in node.inputs]
+        if index in graph.outputs:
+            takers.append(f"what {graph.name} returns")
+        if takers:
+            raise BatchError(
+                f"{graph.nodes[index].name} returned nothing, but {' and '.join(takers)} needs its output",
+                place=place,
+                fix="return a dict of columns from the method (a filter that keeps nothing: empty columns)",
+            )
+
+
+def _returned_metrics(call: Call, value: Any) -> dict[str, float]:
+    """A train step may return its numbers as a dict instead of calling `self.log`."""
+    if call.step is None or not isinstance(value, dict):
+        return {}
+    entries = cast("dict[Any, Any]", value).items()
+    return {str(k): float(v) for k, v in entries if isinstance(v, bool | int | float)}
+
+
+def _step_output(value: Any, micro_batches: int, place: str) -> list[Batch] | None:
+    """A trainer node's output: one batch per micro-batch, or nothing."""
+    if not isinstance(value, list):
+        return None
+    batches = [normalise(part, place) for part in cast("list[Any]", value)]
+    if len(batches) != micro_batches:
+        raise BatchError(
+            f"returned {len(batches)} micro-batches for {micro_batches}",
+            place=place,
+            fix="return one dict per micro-batch of data_list, or nothing",
+        )
+    return batches
+
+
+def _kept(call: Call, output: Batch, place: str) -> tuple[int, ...]:
+    """Find which samples a filter let through, by their uids."""
+    column = output.get("uid", [])
+    position = {uid: i for i, uid in enumerate(call.uids)}
+    kept = [position.get(int(uid), -1) for uid in column]
+    if len(kept) != size(output) or -1 in kept or kept != sorted(set(kept)):
+        raise BatchError(
+            f"the filter {call.node.name} must return the `uid` column of the samples it keeps, in order",
+            place=place,
+            fix="select the same samples from every column of the batch, `uid` included",
+        )
+    return tuple(kept)
+
+
+def _copy_of(module: BaseModule) -> BaseModule:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise ConfigError(
+            f"module {module.name!r} cannot be copied for num_replica > 1: {error}",
+            fix="make heavy or unique state (locks, files, connections) in setup(), not in the constructor",
+        ) from error
