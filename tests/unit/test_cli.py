@@ -347,3 +347,17 @@ def test_the_real_engine_runs_and_evaluates(cli: Cli, script: Script) -> None:
     assert code == 0
     assert "policy: 3 samples" in out
     assert "TRAIN" not in out
+
+
+def test_a_failing_module_of_the_real_engine_ends_the_run_with_its_place(
+    cli: Cli, script: Script
+) -> None:
+    path = script(
+        REAL.replace('print("TRAIN", iteration', 'raise ValueError("mine") or print(iteration')
+    )
+    code, _, err = cli("run", path)
+    assert code == 1
+    assert "ValueError: mine" in err
+    last = err[err.rindex("chatlearn.errors.ModuleError") :]
+    assert "learner" in last
+    assert "train_step" in last
