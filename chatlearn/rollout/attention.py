@@ -9,15 +9,19 @@ head: the same sums, no copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.integrations.sdpa_attention import (
+    sdpa_attention_forward,  # pyright: ignore[reportUnknownVariableType]
+)
+from transformers.masking_utils import (
+    sdpa_mask,  # pyright: ignore[reportUnknownVariableType]
+)
 
 _NAME = "chatlearn_decode"
 _PLAIN_EXTRAS = ("position_bias", "cache")
@@ -67,7 +71,7 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
 @contextmanager
-def decode_attention(model: Any) -> Iterator[bool]:
+def decode_attention(model: Any) -> Generator[bool]:
     """Have `model` decode with grouped attention inside the `with`, if it uses sdpa attention now.
 
     Yields:

@@ -42,6 +42,8 @@ class _InPlaceLayer(CacheLayerMixin):
     """One layer's keys and values `[B, H, S, D]`, a view of the filled part of a larger buffer."""
 
     is_sliding = False
+    keys: Any  # Tensor, once initialised
+    values: Any
 
     def __init__(self, room: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -132,8 +132,8 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     another vocabulary.
     """
     own: int = tokenizer.eos_token_id
-    listed: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = listed if isinstance(listed, list) else [listed]
+    found: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = cast("list[int]", found) if isinstance(found, list) else [found]
     return sorted({own, *listed}) if own in listed else [own]
 
 
@@ -293,8 +293,9 @@ class _Decoding:
         first = first.minimum(self.stops.lengths)
         limits = torch.tensor(self.limits)
         done: list[Completion] = []
-        pairs = zip(first.minimum(limits).tolist(), (first <= limits).tolist(), strict=True)
-        for slot, (length, ended) in enumerate(pairs):
+        lengths = cast("list[int]", first.minimum(limits).tolist())
+        ended = cast("list[bool]", (first <= limits).tolist())
+        for slot, length in enumerate(lengths):
             uid, own = self.requests[slot].uid, logprobs[slot, :length].clone()
             if not bool(torch.isfinite(own).all()):
                 raise ChatLearnError(
@@ -302,7 +303,7 @@ class _Decoding:
                     place=f"uid {uid}",
                     fix="the weights have diverged: look at the last updates' loss and grad_norm",
                 )
-            reason = "stop" if ended else "length"
+            reason = "stop" if ended[slot] else "length"
             done.append(Completion(uid, tokens[slot, :length].clone(), own, reason))
         return done
 
@@ -322,8 +323,10 @@ class _StopTexts:
 
     def look(self, tokens: Tensor, rows: _Rows, step: int) -> Tensor:
         """Return which rows `[B]` have just completed a stop text, and note their lengths."""
-        tail = tokens[max(0, step + 1 - self.window) : step + 1, rows.slots].T.tolist()
-        finished, slots = rows.finished.tolist(), rows.slots.tolist()
+        recent = tokens[max(0, step + 1 - self.window) : step + 1, rows.slots]
+        tail = cast("list[list[int]]", recent.T.tolist())
+        finished = cast("list[bool]", rows.finished.tolist())
+        slots = cast("list[int]", rows.slots.tolist())
         found = torch.zeros(len(slots), dtype=torch.bool)
         for row, ids in enumerate(tail):
             if finished[row]:

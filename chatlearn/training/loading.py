@@ -87,18 +87,9 @@ def load(
     Example:
         >>> model, tokenizer = load("Qwen/Qwen3-0.6B", dtype="bf16")  # doctest: +SKIP
     """
-    made_tokenizer: Any = None
-    if _is_factory(source):
-        made, made_tokenizer = _call_factory(source)
-        model = copy.deepcopy(made)
-        if attn is not None:
-            model.set_attn_implementation(attn)
-    elif isinstance(source, str | os.PathLike):
-        model = _from_pretrained(os.fspath(source), dtype, attn, trust_remote_code)
-    else:
-        model = _from_config(source, attn, seed)
+    model, made_tokenizer = _make(source, dtype, attn, seed, trust_remote_code)
     model = model.to(device=resolve_device(device), dtype=resolve_dtype(dtype)).eval()
-    chosen = tokenizer if tokenizer is not None else made_tokenizer
+    chosen: Any = tokenizer if tokenizer is not None else made_tokenizer
     if chosen is None:
         if not isinstance(source, str | os.PathLike):
             raise ConfigError(
@@ -106,7 +97,7 @@ def load(
                 place="tokenizer",
                 fix="set `tokenizer` to a folder or hub id",
             )
-        chosen = os.fspath(source)
+        chosen = _text(source)
     return LoadedModel(
         model,
         load_tokenizer(chosen, eos_token=eos_token, trust_remote_code=trust_remote_code),
@@ -123,14 +114,7 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a causal LM alone, in eval mode on its device; see `load`."""
-    if isinstance(source, str | os.PathLike):
-        model = _from_pretrained(os.fspath(source), dtype, attn, trust_remote_code)
-    elif _is_factory(source):
-        model = copy.deepcopy(_call_factory(source)[0])
-        if attn is not None:
-            model.set_attn_implementation(attn)
-    else:
-        model = _from_config(source, attn, seed)
+    model, _ = _make(source, dtype, attn, seed, trust_remote_code)
     return model.to(device=resolve_device(device), dtype=resolve_dtype(dtype)).eval()
 
 
@@ -147,12 +131,10 @@ def load_tokenizer(
             none.
     """
     if isinstance(source, str | os.PathLike):
-        tokenizer = _tokenizer_from_pretrained(os.fspath(source), trust_remote_code)
-    elif _is_factory(source):
-        made = source()
-        tokenizer = copy.deepcopy(made[1] if isinstance(made, tuple) else made)
+        tokenizer = _tokenizer_from_pretrained(_text(source), trust_remote_code)
     else:
-        tokenizer = copy.deepcopy(source)
+        made: Any = source() if _is_factory(source) else source
+        tokenizer = copy.deepcopy(cast("Any", made[1] if isinstance(made, tuple) else made))
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ConfigError(
@@ -183,13 +165,11 @@ def check_source(source: Any, tokenizer: Any = None) -> list[ChatLearnError]:
         The problems found; empty when there are none. Callables and hub ids are taken on trust.
     """
     problems: list[ChatLearnError] = []
-    if _is_factory(source):
-        return problems
     if isinstance(source, str | os.PathLike):
-        problems += _check_folder(os.fspath(source), "model", weights=True)
+        problems += _check_folder(_text(source), "model", weights=True)
         if tokenizer is None and not problems:
-            problems += _check_tokenizer_files(os.fspath(source), "model")
-    else:
+            problems += _check_tokenizer_files(_text(source), "model")
+    elif not _is_factory(source):
         try:
             _as_config(source)
         except ConfigError as error:
@@ -203,9 +183,28 @@ def check_source(source: Any, tokenizer: Any = None) -> list[ChatLearnError]:
                 )
             )
     if isinstance(tokenizer, str | os.PathLike):
-        found = _check_folder(os.fspath(tokenizer), "tokenizer", weights=False)
-        problems += found or _check_tokenizer_files(os.fspath(tokenizer), "tokenizer")
+        found = _check_folder(_text(tokenizer), "tokenizer", weights=False)
+        problems += found or _check_tokenizer_files(_text(tokenizer), "tokenizer")
     return problems
+
+
+def _make(
+    source: Any, dtype: DType, attn: str | None, seed: int, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """Return a model of its own and, from a callable that makes one, its tokenizer."""
+    if isinstance(source, str | os.PathLike):
+        return _from_pretrained(_text(source), dtype, attn, trust_remote_code), None
+    if not _is_factory(source):
+        return _from_config(source, attn, seed), None
+    made, tokenizer = _call_factory(source)
+    model = copy.deepcopy(made)  # two modules never share weights by accident
+    if attn is not None:
+        model.set_attn_implementation(attn)
+    return model, tokenizer
+
+
+def _text(source: Any) -> str:
+    return str(os.fspath(source))
 
 
 def _is_factory(source: Any) -> bool:
@@ -215,11 +214,11 @@ def _is_factory(source: Any) -> bool:
 
 def _call_factory(source: Callable[[], Any]) -> tuple[Any, Any]:
     """Call a user's factory; return its model and its tokenizer or None."""
-    made = source()
+    made: object = source()
     pair = cast("tuple[Any, ...]", made) if isinstance(made, tuple) else (made, None)
     if len(pair) != 2 or not hasattr(pair[0], "state_dict"):
         raise ConfigError(
-            f"the callable given as `model` returned {type(made).__name__}",
+            f"the callable given as `model` returned {', '.join(type(x).__name__ for x in pair)}",
             place="model",
             fix="return a torch model, or a pair (model, tokenizer)",
         )
@@ -261,10 +260,11 @@ def _from_config(source: Any, attn: str | None, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(_as_config(source))
-    options = {} if attn is None else {"attn_implementation": attn}
+    options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
+    auto: Any = AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, **options)
+        return auto.from_config(config, **options)
 
 
 def _from_pretrained(source: str, dtype: DType, attn: str | None, trust_remote_code: bool) -> Any:
@@ -276,8 +276,9 @@ def _from_pretrained(source: str, dtype: DType, attn: str | None, trust_remote_c
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
+    auto: Any = AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto.from_pretrained(
             os.path.expanduser(source),
             dtype=resolve_dtype(dtype),
             use_safetensors=True,
@@ -296,10 +297,9 @@ def _tokenizer_from_pretrained(source: str, trust_remote_code: bool) -> Any:
         raise problem
     from transformers import AutoTokenizer
 
+    auto: Any = AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(
-            os.path.expanduser(source), trust_remote_code=trust_remote_code
-        )
+        return auto.from_pretrained(os.path.expanduser(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load(source, "tokenizer", error) from None
 
