@@ -80,6 +80,6 @@ def _by_last_part(names: Iterable[str]) -> dict[str, str]:
     return parts
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _last_part(name: str) -> str:
     return name.rsplit("/", 1)[-1]

@@ -16,6 +16,7 @@ NAMES: Final = (
     "metrics.jsonl",
     "transcripts.jsonl",
     "config.yaml",
+    "config_origins.json",
     "summary.json",
     "report.html",
     "flows",
@@ -80,6 +81,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def origins(self) -> Path:
+        """Who set each configuration value: `{"runtime.seed": "grpo.yaml:3", ...}`."""
+        return self.path / "config_origins.json"
 
     @property
     def summary(self) -> Path:
