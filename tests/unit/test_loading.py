@@ -80,7 +80,9 @@ def test_a_callable_that_returns_no_model_is_refused(made: object) -> None:
         load(lambda: made, tiny_tokenizer())
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./none", "../none", "~/none-at-all", "a/b/c"])
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./none", "../none", "~/none-at-all", "a/b/c"]
+)
 def test_a_path_that_does_not_exist_is_one_short_error(source: str) -> None:
     with pytest.raises(ConfigError, match="does not exist") as caught:
         load(source)
@@ -103,7 +105,10 @@ def test_an_unreachable_hub_is_one_short_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_folder_without_config_weights_or_tokenizer_says_which(saved: Path) -> None:
-    for name, words in (("model.safetensors", "pickled weights"), ("config.json", "no config.json")):
+    for name, words in (
+        ("model.safetensors", "pickled weights"),
+        ("config.json", "no config.json"),
+    ):
         (saved / name).unlink()
         (problem,) = check_source(saved)
         assert words in problem.cause
