@@ -91,7 +91,7 @@ class BaseModule:
         value = super().__getattribute__(name)
         if name.startswith("_") or type(value) is not MethodType or value.__self__ is not self:
             return value
-        return MethodType(_traceable(value.__func__), self)
+        return MethodType(_traceable(value.__func__, name), self)
 
     # ---- configuration -------------------------------------------------------------------------------------------
 
@@ -225,9 +225,8 @@ def may_be_node(module: BaseModule, method: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+def _traceable(function: Callable[..., Any], method: str) -> Callable[..., Any]:
     """Wrap a method so that a call with symbolic values is recorded while a flow is traced."""
-    method = function.__name__
 
     @functools.wraps(function)
     def call(self: BaseModule, *args: Any, **kwargs: Any) -> Any:
