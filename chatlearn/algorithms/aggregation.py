@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+
 """From the losses of tokens to one number, exactly the same for any split into micro-batches.
 
-How it differs from the papers: they average over what is at hand; here every scheme is a weight per sample that depends
-on the *global* batch alone, so micro-batches just add up: `loss = sum_n weight[sample of n] * loss_n`. token-mean is
-DAPO's (arXiv:2503.14476), seq-mean-token-mean GRPO's (arXiv:2402.03300), seq-mean-token-sum-norm that of Dr.GRPO
-(arXiv:2503.20783), whose length L is a constant given by the user (elsewhere often the padded length, which changes
-from batch to batch). Samples without any trained token (empty or fully masked) do not count as sequences.
+How it differs from the papers: they average over what is at hand; here every scheme is a weight per
+sample that depends on the *global* batch alone, so micro-batches just add up: `loss = sum_n
+weight[sample of n] * loss_n`. token-mean is DAPO's (arXiv:2503.14476), seq-mean-token-mean GRPO's
+(arXiv:2402.03300), seq-mean-token-sum-norm that of Dr.GRPO (arXiv:2503.20783), whose length L is a
+constant given by the user (elsewhere often the padded length, which changes from batch to batch).
+Samples without any trained token (empty or fully masked) do not count as sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Denominators(NamedTuple):
 
 
 def count_denominators(tokens_B: Tensor) -> Denominators:
-    """Count trained tokens and the samples that have any, from `tokens_B`, `[B]` trained tokens per sample."""
+    """Count trained tokens and the samples that have any, from `tokens_B`, `[B]` trained tokens per
+    sample.
+    """
     return Denominators(int(tokens_B.sum()), int((tokens_B > 0).sum()))
 
 
@@ -47,8 +51,8 @@ def sample_weights(
 ) -> Tensor:
     """Return `[B]` the weight that every trained token of a sample has in the loss.
 
-    `token-mean` 1/tokens; `seq-mean-token-mean` 1/(sequences * own tokens); `seq-mean-token-sum` 1/sequences;
-    `seq-mean-token-sum-norm` 1/(sequences * norm_length).
+    `token-mean` 1/tokens; `seq-mean-token-mean` 1/(sequences * own tokens); `seq-mean-token-sum`
+    1/sequences; `seq-mean-token-sum-norm` 1/(sequences * norm_length).
 
     Args:
         kind: the scheme.
@@ -82,7 +86,8 @@ def sample_weights(
 
 
 def aggregate(loss_N: Tensor, sample_N: Tensor, weights_B: Tensor) -> Tensor:
-    """Sum token losses with their samples' weights: a scalar; over micro-batches these add up to the loss.
+    """Sum token losses with their samples' weights: a scalar; over micro-batches these add up to
+    the loss.
 
     Args:
         loss_N: `[N]` losses of the trained tokens; masked tokens are left out, not zeroed.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a causal LM's architecture allows, found out by trying it once on a handful of tokens.
 
-Reading a config tells what somebody thought of; running the model tells what is true. Answers are remembered per model.
+Reading a config tells what somebody thought of; running the model tells what is true. Answers are
+remembered per model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _packing_problems: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def has_plain_head(model: Any) -> bool:
-    """Tell whether the model's logits are its head applied to its decoder's last hidden states, bit for bit.
+    """Tell whether the model's logits are its head applied to its decoder's last hidden states, bit
+    for bit.
 
     Gemma caps its logits and Granite and Cohere scale them after the head; those answer no.
     """
@@ -30,7 +32,9 @@ def has_plain_head(model: Any) -> bool:
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
             head = model.get_output_embeddings()
-            answer = torch.equal(head(model.get_decoder()(input_ids=ids, use_cache=False)[0]), logits)
+            answer = torch.equal(
+                head(model.get_decoder()(input_ids=ids, use_cache=False)[0]), logits
+            )
         _plain_heads[model] = answer
     return answer
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+
 """Log-probs of responses under a causal LM, with logits made for response tokens only.
 
-Sequences lie in rows, padded on the right (see `packing.py`). Attention is causal, so no token ever sees the padding
-behind it and no attention mask is needed, which keeps the fast attention kernels. The last token of a sequence predicts
-nothing and is not fed. Rows that hold several sequences carry `position_ids` that restart; transformers derives the
-block-diagonal mask from them.
+Sequences lie in rows, padded on the right (see `packing.py`). Attention is causal, so no token ever
+sees the padding behind it and no attention mask is needed, which keeps the fast attention kernels.
+The last token of a sequence predicts nothing and is not fed. Rows that hold several sequences carry
+`position_ids` that restart; transformers derives the block-diagonal mask from them.
 
-Legend: `R` rows, `L` tokens of the longest row, `N` selected response tokens of all sequences, concatenated.
+Legend: `R` rows, `L` tokens of the longest row, `N` selected response tokens of all sequences,
+    concatenated.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from chatlearn.errors import BatchError
 from chatlearn.training.architecture import has_plain_head, require_packing
@@ -34,10 +35,13 @@ class Layout(NamedTuple):
 
     Attributes:
         input_ids_RL: `[R, L]` int64, right-padded with 0.
-        position_ids_RL: `[R, L]` int64, restarting with every sequence; None if rows hold one sequence each.
-        place_N: `[N]` int64, where in the flattened `R * L` the token is predicted (the place before its own).
+        position_ids_RL: `[R, L]` int64, restarting with every sequence; None if rows hold one
+            sequence each.
+        place_N: `[N]` int64, where in the flattened `R * L` the token is predicted (the place
+            before its own).
         target_N: `[N]` int64, the selected response tokens, sequence after sequence.
-        sample_N: `[N]` int64, the sample that a token belongs to, as numbered in the caller's lists.
+        sample_N: `[N]` int64, the sample that a token belongs to, as numbered in the caller's
+            lists.
     """
 
     input_ids_RL: Tensor
@@ -55,11 +59,13 @@ def lay_out(
     keep: Sequence[Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> Layout:
-    """Arrange the sequences of one micro-batch in rows and find the places that predict response tokens.
+    """Arrange the sequences of one micro-batch in rows and find the places that predict response
+    tokens.
 
     Args:
         rows: which sequences lie in which row; indices into the lists below.
-        prompt_ids: int64 `[P_i]` of every sample, at least one token each where there is a response.
+        prompt_ids: int64 `[P_i]` of every sample, at least one token each where there is a
+            response.
         response_ids: int64 `[T_i]` of every sample.
         keep: bool `[T_i]` of every sample; which response tokens to select. None selects all.
         device: where the result lives.
@@ -73,7 +79,9 @@ def lay_out(
     """
     order = [sample for row in rows for sample in row]
     prompts = [len(prompt_ids[sample]) for sample in order]
-    totals = [len(response_ids[sample]) + prompt for sample, prompt in zip(order, prompts, strict=True)]
+    totals = [
+        len(response_ids[sample]) + prompt for sample, prompt in zip(order, prompts, strict=True)
+    ]
     _require_prompts(order, prompts)
     inputs = dict(zip(order, (total - 1 for total in totals), strict=True))
     row_lengths = [sum(inputs[sample] for sample in row) for row in rows]
@@ -120,10 +128,12 @@ def token_logprobs(
     entropy: EntropyMode = "off",
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the log-probs (nats) of a layout's target tokens, and the entropy of their distributions.
+    """Compute the log-probs (nats) of a layout's target tokens, and the entropy of their
+    distributions.
 
-    The softmax runs in float32 (float64 for a float64 model) whatever the precision of the model. Logits of more than
-    `chunk_bytes` are made chunk by chunk and again in the backward pass, so that a large vocabulary costs no memory.
+    The softmax runs in float32 (float64 for a float64 model) whatever the precision of the model.
+    Logits of more than `chunk_bytes` are made chunk by chunk and again in the backward pass, so
+    that a large vocabulary costs no memory.
 
     Args:
         model: a transformers causal LM.
@@ -175,7 +185,8 @@ def response_logprobs(
         model: a transformers causal LM, in eval mode.
         prompt_ids: int64 `[P_i]` per sample.
         response_ids: int64 `[T_i]` per sample; may be empty.
-        temperature: `[B]` or one number, that the responses were sampled with; 0 (greedy) counts as 1.
+        temperature: `[B]` or one number, that the responses were sampled with; 0 (greedy) counts as
+            1.
         max_tokens: budget of a micro-batch, padding included.
         packing: several sequences per row instead of one padded row each.
 
@@ -198,14 +209,18 @@ def response_logprobs(
             temperature_N = temperature_B.to(model.device)[layout.sample_N]
         logprobs, _ = token_logprobs(model, layout, temperature_N)
         order = [sample for row in rows for sample in row]
-        parts = logprobs.float().cpu().split([len(response_ids[sample]) for sample in order])
+        parts: Sequence[Tensor] = torch.split(
+            logprobs.float().cpu(), [len(response_ids[sample]) for sample in order]
+        )
         for sample, part in zip(order, parts, strict=True):
             results[sample] = part.clone()  # a view would keep the whole micro-batch alive
     return results
 
 
 def divisors(temperature: Tensor | float, samples: int) -> Tensor | None:
-    """Return `[B]` what logits are divided by: the temperature, or 1 where it is 0; None if 1 throughout."""
+    """Return `[B]` what logits are divided by: the temperature, or 1 where it is 0; None if 1
+    throughout.
+    """
     temperature_B = torch.as_tensor(temperature, dtype=torch.float32).cpu().expand(samples)
     temperature_B = torch.where(temperature_B == 0, 1.0, temperature_B)
     return None if bool((temperature_B == 1).all()) else temperature_B
@@ -245,6 +260,8 @@ def _score_in_chunks(
     chunk: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Score `chunk` tokens at a time, keeping no logits: the backward pass makes them again."""
+    from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     for start in range(0, hidden_NH.shape[0], chunk):
@@ -252,7 +269,7 @@ def _score_in_chunks(
         temperature_C = None if temperature_N is None else temperature_N[part]
         arguments = (hidden_NH[part], target_N[part], temperature_C)
         if torch.is_grad_enabled():
-            result = checkpoint(score, *arguments, use_reentrant=False)
+            result = cast("Any", checkpoint(score, *arguments, use_reentrant=False))
             values, entropy = cast("tuple[Tensor, Tensor | None]", result)
         else:
             values, entropy = score(*arguments)

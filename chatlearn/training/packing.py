@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sequences become micro-batches under a token budget: pure arithmetic on lengths, without tensors.
+"""How sequences become micro-batches under a token budget: pure arithmetic on lengths, without
+tensors.
 
-A micro-batch is a list of rows, a row a list of sequences that lie in it one after another. Padded rows hold one
-sequence each; packed rows as many as fit. Everything is deterministic: ties keep the order of the input.
+A micro-batch is a list of rows, a row a list of sequences that lie in it one after another. Padded
+rows hold one sequence each; packed rows as many as fit. Everything is deterministic: ties keep the
+order of the input.
 
-    length-bucketed   [[4], [9], [0]]          rows of one sequence, alike in length, padded to the longest
-    packed            [[4, 2], [9], [0, 7, 1]] rows filled up to the longest sequence of all
+    length-bucketed   [[4], [9], [0]]          rows of one sequence, alike in length, padded to the
+    longest packed            [[4, 2], [9], [0, 7, 1]] rows filled up to the longest sequence of all
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ def length_buckets(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: budget of a micro-batch, padding included. A sequence longer than that gets a micro-batch
-            of its own: it has to be trained on, and splitting it would change the result.
+        max_tokens: budget of a micro-batch, padding included. A sequence longer than that gets a
+            micro-batch of its own: it has to be trained on, and splitting it would change the
+            result.
 
     Returns:
         Lists of indices into `lengths`; every index exactly once, longest first.
@@ -48,7 +51,8 @@ def length_buckets(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Fill bins of at most `max_tokens` by first-fit decreasing (within 11/9 of the fewest bins possible).
+    """Fill bins of at most `max_tokens` by first-fit decreasing (within 11/9 of the fewest bins
+    possible).
 
     Args:
         lengths: tokens of each sequence.
@@ -80,10 +84,12 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, *, packing: bool = False) -> list[Rows]:
-    """Lay sequences out in micro-batches of rows, each costing `rows * longest row` <= `max_tokens`.
+    """Lay sequences out in micro-batches of rows, each costing `rows * longest row` <=
+    `max_tokens`.
 
-    With `packing`, rows are as long as the longest sequence of all and filled first-fit. Attention then costs no more
-    than for padded rows, which a single row as long as the budget would not give: its mask grows with the square.
+    With `packing`, rows are as long as the longest sequence of all and filled first-fit. Attention
+    then costs no more than for padded rows, which a single row as long as the budget would not
+    give: its mask grows with the square.
 
     Args:
         lengths: tokens of each sequence.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the columns of a global batch to the samples of a train step, checked once and named when wrong."""
+"""From the columns of a global batch to the samples of a train step, checked once and named when
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ _MAKERS = {
 
 @dataclass(frozen=True)
 class TrainSamples:
-    """Hold the samples of one global batch; ragged columns are lists of `[T_i]` tensors, one per sample.
+    """Hold the samples of one global batch; ragged columns are lists of `[T_i]` tensors, one per
+    sample.
 
     Attributes:
         uids: what error messages call the samples.
@@ -58,7 +61,9 @@ class TrainSamples:
         return [int(mask.sum()) for mask in self.loss_mask]
 
 
-def merge_samples(batches: Sequence[Batch], *, module: str, needs_ref: bool = False) -> TrainSamples:
+def merge_samples(
+    batches: Sequence[Batch], *, module: str, needs_ref: bool = False
+) -> TrainSamples:
     """Merge the micro-batches of one global batch and check what a train step relies on.
 
     Args:
@@ -67,7 +72,8 @@ def merge_samples(batches: Sequence[Batch], *, module: str, needs_ref: bool = Fa
         needs_ref: whether `ref_logprobs` are needed.
 
     Raises:
-        BatchError: no samples, a missing column, a column of the wrong length, a number that is not finite.
+        BatchError: no samples, a missing column, a column of the wrong length, a number that is not
+            finite.
     """
     batches = [batch for batch in batches if len(batch.get(columns.RESPONSE_IDS, "?"))]
     if not batches:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+
 """One train step on a global batch of ragged samples: log-probs, loss, gradient, update, report.
 
     samples --> lengths --> micro-batches within the token budget
@@ -6,15 +7,15 @@
                                v
                gradients add up --> clip --> AdamW --> numbers, read from the device once
 
-Denominators are counted over the whole global batch first, so any split gives the same loss and gradient. Tokens that
-are not trained on get no logits at all, hence no gradient.
+Denominators are counted over the whole global batch first, so any split gives the same loss and
+gradient. Tokens that are not trained on get no logits at all, hence no gradient.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,22 +56,24 @@ def train_step(
 ) -> dict[str, float]:
     """Update `model` once on a global batch and return what happened.
 
-    The loss is `sum over trained tokens of weight * (policy loss + kl_coef * KL - entropy_coef * entropy)`. A batch
-    without any trained token changes nothing and reports `tokens` 0.
+    The loss is `sum over trained tokens of weight * (policy loss + kl_coef * KL - entropy_coef *
+    entropy)`. A batch without any trained token changes nothing and reports `trained_tokens` 0.
 
     Returns:
-        `loss`, `pg_loss`, `grad_norm` (before clipping), `lr`, `tokens` (trained); means over trained tokens:
-        `entropy` (nats), `ratio`, `clip_low`, `clip_high` (fractions), `approx_kl` (old to current, nats) and, where
-        there are such columns, `kl` (to the reference, nats) and `mismatch`, `mismatch_max` (mean and largest
-        |trainer - rollout log-prob|, before the update).
+        `loss`, `pg_loss`, `grad_norm` (before clipping), `lr`, `trained_tokens`; means over trained
+        tokens: `entropy` (nats), `ratio`, `clip_low`, `clip_high` (fractions), `approx_kl` (old to
+        current, nats) and, where there are such columns, `kl` (to the reference, nats) and
+        `mismatch`, `mismatch_max` (mean and largest |trainer - rollout log-prob|, before the
+        update).
 
     Raises:
-        NonFiniteError: the loss or the gradient norm is not finite (unless the optimiser skips such updates).
+        NonFiniteError: the loss or the gradient norm is not finite (unless the optimiser skips such
+            updates).
     """
     report = accumulate(model, optimiser, samples, settings)
     report["lr"] = optimiser.lr
     report["grad_norm"] = 0.0
-    if report["tokens"] == 0:
+    if report["trained_tokens"] == 0:
         return report
     if not math.isfinite(report["loss"]):
         optimiser.refuse("the loss", report["loss"])
@@ -82,17 +85,21 @@ def train_step(
 def accumulate(
     model: Any, optimiser: Optimiser, samples: TrainSamples, settings: StepSettings
 ) -> dict[str, float]:
-    """Leave the gradient of the global batch's loss in the parameters, and return the means of `train_step`."""
-    tokens_B = torch.tensor(samples.trained_tokens())
+    """Leave the gradient of the global batch's loss in the parameters, and return the means of
+    `train_step`.
+    """
+    trained_tokens = samples.trained_tokens()
+    tokens_B = torch.tensor(trained_tokens)
     denominators = count_denominators(tokens_B)
     weights_B = sample_weights(
         settings.aggregation, tokens_B, denominators, norm_length=settings.norm_length,
         dtype=torch.float64,
     )  # fmt: skip
     temperature_B = divisors(samples.temperature, len(tokens_B))
-    trained = [sample for sample, tokens in enumerate(tokens_B.tolist()) if tokens]
+    trained = [sample for sample, tokens in enumerate(trained_tokens) if tokens]
     lengths = [
-        len(samples.prompt_ids[sample]) + len(samples.response_ids[sample]) - 1 for sample in trained
+        len(samples.prompt_ids[sample]) + len(samples.response_ids[sample]) - 1
+        for sample in trained
     ]
     optimiser.zero_grad()
     meter = _Meter()
@@ -211,13 +218,14 @@ class _Meter:
     def report(self, denominators: Denominators) -> dict[str, float]:
         """Return losses as they are, everything else as the mean over trained tokens."""
         if not self._sums:
-            return {"loss": 0.0, "pg_loss": 0.0, "tokens": 0.0}
-        values = dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True))
+            return {"loss": 0.0, "pg_loss": 0.0, "trained_tokens": 0.0}
+        numbers = cast("list[float]", torch.stack(list(self._sums.values())).tolist())
+        values = dict(zip(self._sums, numbers, strict=True))
         report = {
             name: value if name in ("loss", "pg_loss") else value / denominators.tokens
             for name, value in values.items()
         }
         if self._mismatch_max is not None:
             report["mismatch_max"] = float(self._mismatch_max)
-        report["tokens"] = float(denominators.tokens)
+        report["trained_tokens"] = float(denominators.tokens)
         return report

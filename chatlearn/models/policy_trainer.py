@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PolicyTrainer`: learns from scored responses by GRPO and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from chatlearn import columns
+from chatlearn.config import ModuleConfig, active
+from chatlearn.errors import BatchError, ChatLearnError, ConfigError
+from chatlearn.module import BaseModule
+from chatlearn.training.loading import (
+    Device,
+    DType,
+    check_source,
+    load,
+    load_model,
+    resolve_device,
+)
+
+if TYPE_CHECKING:
+    from chatlearn.training.optimiser import Optimiser
+    from chatlearn.training.step import StepSettings
+
+
+class PolicyTrainer(BaseModule):
+    """Trains a causal LM on responses with advantages; `train_step` is one update on one global
+    batch.
+
+    Reads `prompt_ids`, `response_ids`, `advantages` and the log-probs to compare with:
+    `old_logprobs` if the flow made them (by this module's `forward_step`), else the sampler's
+    `rollout_logprobs`. Optional: `ref_logprobs`, `loss_mask`, `temperature`, `uid`. The model runs
+    in eval mode: dropout would train another policy than the one that was sampled.
+
+    Example:
+        >>> learner = PolicyTrainer("policy_trainer", model="Qwen/Qwen3-0.6B", lr=2e-6, clip_high=0.28)
+    """
+
+    class Config(ModuleConfig):
+        """Fields of `models.<name>`, those set most often first."""
+
+        model: Any
+        """Folder or hub id; or a dict with `model_type` (random weights); or a callable that
+        returns a model or (model, tokenizer)."""
+        tokenizer: Any = None
+        """Folder, hub id, or a callable that returns one, exported beside the weights; None takes
+        the model's."""
+        lr: float = Field(default=1e-6, gt=0)
+        """Learning rate at the top of the schedule."""
+        clip_low: float = Field(default=0.2, ge=0)
+        """How far below 1 the probability ratio may push."""
+        clip_high: float = Field(default=0.2, ge=0)
+        """How far above 1 the probability ratio may push; 0.28 is DAPO's clip-higher."""
+        kl_coef: float = Field(default=0.0, ge=0)
+        """Weight of the KL to the reference in the loss; above 0 it needs the `ref_logprobs`
+        column."""
+        kl_type: Literal["k1", "k2", "k3"] = "k3"
+        """Estimator of that KL; as a loss, k2 has the gradient of the reverse KL, k3 is GRPO's
+        choice."""
+        loss_aggregation: Literal[
+            "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+        ] = "token-mean"
+        """How token losses become one number; always over the global batch."""
+        loss_norm_length: float | None = Field(default=None, gt=0)
+        """The constant length, in tokens, that `seq-mean-token-sum-norm` (Dr.GRPO) divides by."""
+        entropy_coef: float = 0.0
+        """Weight of an entropy bonus in the loss."""
+        max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
+        """Tokens (padding included) of one forward and backward pass; moves memory and speed, never
+        results."""
+        packing: bool = False
+        """Whether several samples share a row; pays where lengths differ much."""
+        max_grad_norm: float | None = Field(default=1.0, gt=0)
+        """Global norm that gradients are clipped to; None leaves them as they are."""
+        lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+        """What follows the warm-up; linear and cosine fall to 0 at `total_steps`."""
+        warmup_steps: int = Field(default=0, ge=0)
+        """Updates over which the learning rate rises linearly."""
+        total_steps: int | None = Field(default=None, ge=1)
+        """Updates until a linear or cosine schedule reaches 0."""
+        weight_decay: float = Field(default=0.0, ge=0)
+        """AdamW's decay of matrices; norms and biases never decay."""
+        betas: tuple[float, float] = (0.9, 0.999)
+        """AdamW's decay rates of its two moments."""
+        dtype: DType = "fp32"
+        """Precision of the forward pass; parameters, gradients and optimiser stay in fp32."""
+        gradient_checkpointing: bool = False
+        """Whether activations are made again in the backward pass: less memory, a third more
+        time."""
+        device: Device = "auto"
+        """Where the model lives; auto takes a GPU if there is one."""
+        non_finite: Literal["error", "skip"] = "error"
+        """What a loss or gradient that is not finite does: end the run, or skip the update and
+        count it."""
+        eos_token: str | None = None
+        """Token that ends a response, for a tokenizer that names none or another one."""
+        attn_implementation: str | None = None
+        """Attention of transformers ("sdpa", "eager", ...); None lets transformers choose."""
+        trust_remote_code: bool = False
+        """Whether code that comes with the model may run."""
+        seed: int | None = None
+        """Seed of the weights of a model made from a dict; None takes `runtime.seed`, as the policy
+        does."""
+        trainable: bool = True
+        """Always true: the module's weights are trained."""
+
+        @model_validator(mode="after")
+        def _check_combinations(self) -> Self:
+            if self.lr_schedule != "constant" and self.total_steps is None:
+                raise ValueError(f"lr_schedule {self.lr_schedule!r} needs total_steps")
+            if self.loss_aggregation == "seq-mean-token-sum-norm" and self.loss_norm_length is None:
+                raise ValueError(
+                    "loss_aggregation 'seq-mean-token-sum-norm' needs loss_norm_length"
+                )
+            return self
+
+    tokenizer: Any = None
+    optimiser: Optimiser | None = None
+
+    def check_config(self) -> list[ChatLearnError]:
+        """Return what is wrong with the model's and the tokenizer's source."""
+        # A tokenizer is only exported, never needed: any object stands for "there is one".
+        return check_source(self.config.model, self.config.tokenizer or object())
+
+    def setup(self) -> None:
+        """Load model and tokenizer, and make the optimiser."""
+        from chatlearn.training.architecture import require_packing
+        from chatlearn.training.optimiser import Optimiser
+
+        config = self.config
+        model, self.tokenizer = self._load()
+        self.model = model.requires_grad_(True)
+        if config.gradient_checkpointing:
+            self._checkpoint_gradients(model)
+        if config.packing:
+            require_packing(model)
+        self.optimiser = Optimiser(
+            model,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            total_steps=config.total_steps,
+            max_grad_norm=config.max_grad_norm,
+            non_finite=config.non_finite,
+        )
+
+    def train_step(
+        self, data: Sequence[Mapping[str, Any]] | Mapping[str, Any], iteration: int = 0
+    ) -> None:
+        """Update the weights once on one global batch: a list of micro-batches, or one batch.
+
+        How the batch comes cut does not matter: it is merged and cut anew by
+        `max_tokens_per_micro_batch`.
+
+        Raises:
+            BatchError: no samples, a missing column, or one with wrong lengths or numbers that are
+                not finite.
+            NonFiniteError: the loss or its gradient is not finite.
+        """
+        from chatlearn.training.samples import merge_samples
+        from chatlearn.training.step import train_step
+
+        assert self.optimiser is not None, "setup() runs before any step"
+        batches = [data] if isinstance(data, Mapping) else data
+        samples = merge_samples(batches, module=self.name, needs_ref=self.config.kl_coef > 0)
+        report = train_step(self.model, self.optimiser, samples, self._step_settings())
+        if self.optimiser.skipped:
+            report["skipped_updates"] = float(self.optimiser.skipped)
+        self.log(**report)
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Add `old_logprobs`: the current weights' log-probs of the responses, ragged float32
+        `[T_i]`.
+        """
+        from chatlearn.training.logprobs import response_logprobs
+
+        for name in (columns.PROMPT_IDS, columns.RESPONSE_IDS):
+            if name not in data:
+                raise BatchError(
+                    f"column {name!r} is missing; there are {sorted(data)}",
+                    place=f"module {self.name!r}",
+                    fix="give it the output of PolicyInference.forward_step",
+                )
+        with self._precision():
+            data[columns.OLD_LOGPROBS] = response_logprobs(
+                self.model,
+                data[columns.PROMPT_IDS],
+                data[columns.RESPONSE_IDS],
+                data.get(columns.TEMPERATURE, 1.0),
+                max_tokens=self.config.max_tokens_per_micro_batch,
+                packing=self.config.packing,
+            )
+        return data
+
+    def training_state(self) -> dict[str, Any]:
+        """Return the optimiser's moments and the number of updates."""
+        return {} if self.optimiser is None else self.optimiser.state_dict()
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take over what `training_state()` returned; settings of the optimiser stay the configured
+        ones.
+        """
+        assert self.optimiser is not None, "setup() runs before a resume"
+        self.optimiser.load_state_dict(state)
+
+    def export_model(self, folder: Path) -> bool:
+        """Write weights (safetensors), config and tokenizer to `folder` in Hugging Face format."""
+        model: Any = self.model
+        if model is None:
+            return False
+        model.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        return True
+
+    def onload(self) -> None:
+        """Bring weights and optimiser state to the configured device."""
+        self._move(resolve_device(self.config.device))
+
+    def offload(self) -> None:
+        """Take weights and optimiser state to the CPU."""
+        self._move("cpu")
+
+    def _move(self, device: str) -> None:
+        if self.model is not None and self.optimiser is not None:
+            self.model.to(device)
+            self.optimiser.to(device)
+
+    def _load(self) -> tuple[Any, Any]:
+        """Load fp32 weights, and the tokenizer if there is any to be found."""
+        config = self.config
+        options: dict[str, Any] = {
+            "device": config.device,
+            "attn": config.attn_implementation,
+            "seed": active().runtime.seed if config.seed is None else config.seed,
+            "trust_remote_code": config.trust_remote_code,
+        }
+        if config.tokenizer is None and (
+            isinstance(config.model, Mapping) or hasattr(config.model, "model_type")
+        ):
+            return load_model(config.model, **options), None
+        return load(config.model, config.tokenizer, eos_token=config.eos_token, **options)
+
+    def _checkpoint_gradients(self, model: Any) -> None:
+        """Switch gradient checkpointing on; transformers honours it only in layers in training
+        mode.
+        """
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ConfigError(
+                f"{type(model).__name__} does not support gradient checkpointing",
+                place=f"models.{self.name}.gradient_checkpointing",
+                fix="set it to false",
+            )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for part in model.modules():
+            if getattr(part, "gradient_checkpointing", False):
+                part.training = True  # this part alone: the modules inside keep dropout off
+
+    def _step_settings(self) -> StepSettings:
+        import torch
+
+        from chatlearn.training.step import StepSettings
+
+        config = self.config
+        return StepSettings(
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_coef=config.kl_coef,
+            kl_type=config.kl_type,
+            entropy_coef=config.entropy_coef,
+            aggregation=config.loss_aggregation,
+            norm_length=config.loss_norm_length,
+            max_tokens=config.max_tokens_per_micro_batch,
+            packing=config.packing,
+            autocast=torch.bfloat16 if config.dtype == "bf16" else None,
+        )
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Return the context that the forward pass of a train step runs in, too."""
+        import torch
+
+        if self.config.dtype == "fp32":
+            return nullcontext()
+        model: Any = self.model
+        return torch.autocast(model.device.type, torch.bfloat16)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FunctionReward`: scores completions with plain Python functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from chatlearn import columns
+from chatlearn.config import ModuleConfig
+from chatlearn.errors import BatchError, ChatLearnError, ConfigError
+from chatlearn.module import BaseModule
+from chatlearn.rewards.function import ScoreFunction, Scorer, function_name
+
+
+class FunctionReward(BaseModule):
+    """Adds `rewards`, the weighted sum of what its functions return, and a column
+    `rewards/<function>` for each.
+
+    A function gets the whole batch: `completions`, `prompts`, and any other column by its
+    parameter's name; it returns one number per sample (a list, tensor or array; booleans count as 0
+    and 1). A failure is an error, never a zero.
+
+    Example:
+        >>> def score(completions, answer):
+        ...     return [float(c.strip() == a) for c, a in zip(completions, answer)]
+        >>> reward = FunctionReward("reward", score)
+        >>> reward.forward_step({"completion": ["4 ", "5"], "answer": ["4", "4"]})["rewards"]
+        tensor([1., 0.])
+
+    Several functions: `FunctionReward("reward", [score, brevity], weights=[1.0, 0.2])`, or a dict
+    that names them.
+    """
+
+    class Config(ModuleConfig):
+        """Fields of `models.<name>`."""
+
+        weights: list[float] | dict[str, float] | None = None
+        """Weight of each function in `rewards`, in their order or by name; None weighs each with
+        1."""
+
+    def __init__(
+        self,
+        name: str,
+        functions: ScoreFunction | Sequence[ScoreFunction] | Mapping[str, ScoreFunction],
+        **settings: Any,
+    ) -> None:
+        """Take one function, a list of them, or a dict from name to function; `settings` as in
+        `Config`.
+        """
+        super().__init__(name, **settings)
+        if isinstance(functions, Mapping):
+            named = list(cast("Mapping[str, ScoreFunction]", functions).items())
+        elif callable(functions):
+            named = [(function_name(functions), functions)]
+        else:
+            named = [(function_name(function), function) for function in functions]
+        self._scorers = [Scorer(label, function) for label, function in named]
+        self._require_usable(named)
+
+    def check_config(self) -> list[ChatLearnError]:
+        """Return what is wrong with the weights."""
+        try:
+            self._weights()
+        except ConfigError as error:
+            return [error]
+        return []
+
+    def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Add `rewards`, float32 `[B]`, and one column per function; log their means.
+
+        Raises:
+            BatchError: there is no `completion` column.
+            RewardError: a function failed or did not return one finite number per sample.
+        """
+        return self._score(data, prefix="")
+
+    def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Do what `forward_step` does; the means are logged under `eval/`, apart from
+        training's.
+        """
+        return self._score(data, prefix="eval/")
+
+    def _score(self, data: dict[str, Any], prefix: str) -> dict[str, Any]:
+        import torch
+
+        if columns.COMPLETION not in data:
+            raise BatchError(
+                f"column {columns.COMPLETION!r} is missing; there are {sorted(data)}",
+                place=f"module {self.name!r}",
+                fix="give it the output of PolicyInference.forward_step",
+            )
+        weights = self._weights()
+        samples = len(data[columns.COMPLETION])
+        total = torch.zeros(samples, dtype=torch.float64)
+        scores: dict[str, Any] = {}
+        for scorer, weight in zip(self._scorers, weights, strict=True):
+            values = torch.tensor(scorer(data), dtype=torch.float64)
+            total += weight * values
+            scores[f"{columns.REWARDS}/{scorer.name}"] = values
+        scores[columns.REWARDS] = total
+        if samples:
+            self.log({f"{prefix}{name}": float(values.mean()) for name, values in scores.items()})
+        data.update({name: values.float() for name, values in scores.items()})
+        return data
+
+    def _weights(self) -> list[float]:
+        """Return one weight per function, from the configuration."""
+        weights: list[float] | dict[str, float] | None = self.config.weights
+        names = [scorer.name for scorer in self._scorers]
+        if weights is None:
+            return [1.0] * len(names)
+        if isinstance(weights, dict):
+            if set(weights) != set(names):
+                raise self._wrong_weights(f"name {sorted(weights)}", names)
+            return [weights[name] for name in names]
+        if len(weights) != len(names):
+            raise self._wrong_weights(f"are {len(weights)}", names)
+        return list(weights)
+
+    def _wrong_weights(self, what: str, names: list[str]) -> ConfigError:
+        return ConfigError(
+            f"the weights {what}, but the reward functions are {names}",
+            place=f"models.{self.name}.weights",
+            fix="give one weight per function",
+        )
+
+    def _require_usable(self, named: Sequence[tuple[str, Any]]) -> None:
+        place = f"FunctionReward({self.name!r})"
+        names = [name for name, _ in named]
+        if not named:
+            raise ConfigError("there is no reward function", place=place, fix="pass a function")
+        for name, function in named:
+            if not callable(function):
+                raise ConfigError(
+                    f"reward {name!r} is a {type(function).__name__}, not a function", place=place
+                )
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"reward functions share a name: {names}",
+                place=place,
+                fix='pass a dict that names them: {"exact": f, "brief": g}',
+            )

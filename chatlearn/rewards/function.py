@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls a user's plain Python function on columns, and turns what it returns into numbers or a
+named error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from chatlearn import columns
+from chatlearn.errors import RewardError
+
+ScoreFunction = Callable[..., Any]
+"""Takes batched columns by parameter name, returns one number per sample."""
+
+PARAMETERS = {"completions": columns.COMPLETION, "prompts": columns.PROMPT}
+"""Parameter names that stand for a column of another name."""
+
+
+def function_name(function: ScoreFunction) -> str:
+    """Return what a function is called in metrics: its own name, or its class's; partials are
+    looked through.
+    """
+    inner = function
+    while hasattr(inner, "func"):
+        inner = cast("Any", inner).func
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+class Scorer:
+    """One reward function together with its name; calling it gives one float per sample.
+
+    The function's parameters choose what it gets: `completions` and `prompts` are the columns
+    `completion` and `prompt`; any other parameter is the column of that name; `**columns` takes all
+    columns. A parameter with a default may lack its column.
+
+    Example:
+        >>> scorer = Scorer("exact", lambda completions, answer: [c == a for c, a in zip(completions, answer)])
+        >>> scorer({"completion": ["4", "5"], "answer": ["4", "4"]})
+        [1.0, 0.0]
+    """
+
+    def __init__(self, name: str, function: ScoreFunction) -> None:
+        self.name = name
+        self.function = function
+
+    def __call__(self, data: Mapping[str, Any]) -> list[float]:
+        """Score a batch of columns.
+
+        Raises:
+            RewardError: a parameter without column, an exception in the function (its cause), or a
+                result that is not one finite number per sample.
+        """
+        args, kwargs = self._arguments(data)
+        try:
+            result = self.function(*args, **kwargs)
+        except Exception as error:
+            raise RewardError(
+                f"reward function {self.name!r} raised {type(error).__name__}: {error}",
+                place=self._place(),
+                fix="the traceback above shows where; return a number for samples that cannot be scored",
+            ) from error
+        return self._numbers(result, data)
+
+    def _arguments(self, data: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return positional and keyword arguments by the function's signature."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        everything = False
+        for parameter in self._signature().parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                everything = True
+                continue
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                continue
+            column = PARAMETERS.get(parameter.name, parameter.name)
+            column = parameter.name if parameter.name in data else column
+            if column not in data:
+                if parameter.default is not parameter.empty:
+                    continue
+                raise self._unknown_parameter(parameter.name, data)
+            value = _own(data[column])
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                args.append(value)
+            else:
+                kwargs[parameter.name] = value
+        if everything:
+            kwargs = {name: _own(value) for name, value in data.items()} | kwargs
+        return args, kwargs
+
+    def _signature(self) -> inspect.Signature:
+        try:
+            return inspect.signature(self.function)
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"the parameters of reward function {self.name!r} cannot be read: {error}",
+                place=repr(self.function),
+                fix="wrap it: def score(completions, answer): return ...",
+            ) from None
+
+    def _unknown_parameter(self, parameter: str, data: Mapping[str, Any]) -> RewardError:
+        available = sorted({*data, *(p for p, column in PARAMETERS.items() if column in data)})
+        return RewardError(
+            f"reward function {self.name!r} asks for {parameter!r}, which is no column",
+            place=self._place(),
+            fix=f"use one of {available}, give the parameter a default, or add the column to the dataset",
+        )
+
+    def _numbers(self, result: Any, data: Mapping[str, Any]) -> list[float]:
+        """Turn a list, tensor or array into floats; refuse all but one finite number each."""
+        if hasattr(result, "tolist"):
+            result = result.tolist()  # tensors and arrays
+        count = _samples(data)
+        if not isinstance(result, Sequence) or isinstance(result, str | bytes):
+            raise RewardError(
+                f"reward function {self.name!r} returned {_short(result)}, no list",
+                place=self._place(),
+                fix=f"return a list of {count} numbers; it is called once with the whole batch",
+            )
+        values = cast("Sequence[Any]", result)
+        if len(values) != count:
+            raise RewardError(
+                f"reward function {self.name!r} returned {len(values)} rewards for {count} samples",
+                place=self._place(),
+                fix="return exactly one number per completion, in their order",
+            )
+        return [self._number(value, index, data) for index, value in enumerate(values)]
+
+    def _number(self, value: Any, index: int, data: Mapping[str, Any]) -> float:
+        if hasattr(value, "item") and getattr(value, "size", 1) != 0:
+            # several numbers for one sample stay as they are and are refused below
+            with contextlib.suppress(ValueError, RuntimeError):
+                value = value.item()  # numbers of torch and numpy
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+        uid = data[columns.UID][index] if columns.UID in data else index
+        completion = ""
+        if columns.COMPLETION in data:
+            completion = f", completion {_short(data[columns.COMPLETION][index])}"
+        raise RewardError(
+            f"reward function {self.name!r} returned {_short(value)} for one sample",
+            place=f"{self._place()}, sample uid {int(uid)}{completion}",
+            fix="return a finite number for every sample; nothing is taken for zero",
+        )
+
+    def _place(self) -> str:
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        if code is None:
+            return repr(self.function)
+        return f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}"
+
+
+def _samples(data: Mapping[str, Any]) -> int:
+    for name in (columns.COMPLETION, columns.UID):
+        if name in data:
+            return len(data[name])
+    return len(next(iter(data.values()), ()))
+
+
+def _own(value: Any) -> Any:
+    """Give the function a list of its own: sorting it must not reorder the batch."""
+    return list(cast("list[Any]", value)) if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
