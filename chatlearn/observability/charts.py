@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from chatlearn.observability.numbers import number, ticks
+from chatlearn.observability.numbers import number, tick_labels, ticks
 
 WIDTH, HEIGHT = 460.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 26.0
@@ -59,7 +59,7 @@ def line_chart(title: str, series: Sequence[Series], *, points: bool = False) ->
     scale = _Scale(*_x_range(series), low, high)
     parts = [_axes(scale)]
     for i, s in enumerate(series):
-        smooth = len(s.y) >= SMOOTH_FROM and not points
+        smooth = len(s.y) >= SMOOTH_FROM and not points and is_noisy(s.y)
         parts.append(_path(s, scale, f"line c{i % COLOURS}{' raw' if smooth else ''}"))
         if smooth:
             window = max(3, len(s.y) // 15)
@@ -127,6 +127,15 @@ def y_range(values: Sequence[float], title: str = "") -> tuple[float, float, boo
     return (low if low == 0 else low - pad), high + pad, cut
 
 
+def is_noisy(values: Sequence[float]) -> bool:
+    """Tell whether a curve goes up and down so much that only its average shows the trend."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return False
+    way = sum(abs(b - a) for a, b in itertools.pairwise(finite))
+    return way > 3 * (max(finite) - min(finite))
+
+
 def moving_average(values: Sequence[float], window: int, *, robust: bool = False) -> list[float]:
     """Return the mean (`robust`: the median) of the `window` values around each; gaps stay gaps."""
     half, result = window // 2, list[float]()
@@ -167,15 +176,16 @@ def _x_range(series: Sequence[Series]) -> tuple[float, float]:
 def _axes(scale: _Scale) -> str:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts: list[str] = []
-    for y in ticks(scale.y0, scale.y1):
+    levels = ticks(scale.y0, scale.y1)
+    for y, label in zip(levels, tick_labels(levels), strict=True):
         at = scale.py(y)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
-        parts.append(f'<text class="tick y" x="{LEFT - 6}" y="{at + 3.5:.1f}">{number(y)}</text>')
+        parts.append(f'<text class="tick y" x="{LEFT - 6}" y="{at + 3.5:.1f}">{label}</text>')
     whole = [x for x in ticks(scale.x0, scale.x1, 5) if x == int(x)]
-    for x in whole:
+    for x, label in zip(whole, tick_labels(whole), strict=True):
         at = scale.px(x)
         parts.append(f'<path class="grid" d="M{at:.1f} {bottom}v4"/>')
-        parts.append(f'<text class="tick x" x="{at:.1f}" y="{bottom + 16}">{number(x)}</text>')
+        parts.append(f'<text class="tick x" x="{at:.1f}" y="{bottom + 16}">{label}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
     return "".join(parts)
 

@@ -18,7 +18,7 @@ def number(value: float, digits: int = 3) -> str:
         return "0"
     size = abs(value)
     if size >= 10_000:
-        return quantity(value)
+        return quantity(value, digits)
     if size < 1e-4:
         return f"{value:.{digits - 1}g}"
     decimals = max(0, digits - 1 - math.floor(math.log10(size)))
@@ -26,14 +26,14 @@ def number(value: float, digits: int = 3) -> str:
     return text if "." not in text else text.rstrip("0").rstrip(".") or "0"
 
 
-def quantity(value: float) -> str:
+def quantity(value: float, digits: int = 3) -> str:
     """Return a count with a unit prefix: `12.3k`, `4.5M`."""
     if not math.isfinite(value):
         return str(value)
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit * 0.9995:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
+            return f"{value / limit:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:
@@ -68,3 +68,13 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Return the values with as many digits as it takes to tell them apart."""
+    labels: list[str] = []
+    for digits in range(3, 9):
+        labels = [number(value, digits) for value in values]
+        if len(set(labels)) == len(values):
+            break
+    return labels

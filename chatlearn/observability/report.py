@@ -88,12 +88,13 @@ def _page(title: str, subtitle: str, links: str, body: str) -> str:
 def _subtitle(rows: Sequence[Row]) -> str:
     trained = [row for row in rows if row.get("episode")]
     evaluated = sum(any(name.startswith(EVAL) for name in row) for row in rows)
-    parts = [f"{len({row['episode'] for row in trained})} episodes"]
-    if iterations := max((int(row.get("train_iteration") or 0) for row in rows), default=0):
-        parts.append(f"{iterations} train steps")
-    if evaluated:
-        parts.append(f"{evaluated} evaluations")
-    return " · ".join(parts) if rows else "no episode has finished"
+    counts = {
+        "episode": len({row["episode"] for row in trained}),
+        "train step": max((int(row.get("train_iteration") or 0) for row in rows), default=0),
+        "evaluation": evaluated,
+    }
+    parts = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count]
+    return " · ".join(parts) or "no episode has finished"
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def curves_html(rows: Sequence[Row]) -> str:
     shares = [_series(rows, name, name.removeprefix(TIME)) for name in phases if name not in WHOLES]
     if time := stacked_chart("time by phase", _aligned(shares)):
         html.setdefault("Speed and memory", []).insert(0, time)
-    order = ["Reward", "Evaluation", *(title for title, _ in GROUPS[1:])]
+    order = ["Evaluation", "Reward", *(title for title, _ in GROUPS[1:])]
     parts = [
         f'<h3>{title}</h3><div class="grid-of-charts">{"".join(html[title])}</div>'
         for title in order

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, cast
 
@@ -29,11 +29,10 @@ def _before_after(rows: Sequence[Row], scale: tuple[float, float]) -> str:
         return ""
     episodes = sorted({int(row["episode"]) for row in rows})
     first, last = episodes[0], episodes[-1]
-    before = [row for row in rows if row["episode"] == first]
-    after = {_identity(row): row for row in rows if row["episode"] == last}
+    after = _by_prompt(row for row in rows if row["episode"] == last)
     cards: list[str] = []
-    for row in before:
-        later = after.get(_identity(row)) if last != first else None
+    for key, row in _by_prompt(row for row in rows if row["episode"] == first).items():
+        later = after.get(key) if last != first else None
         columns = _completion(row, f"after episode {first}" if first else "before", scale)
         if later is not None:
             columns += _completion(later, f"after episode {last}", scale)
@@ -41,7 +40,7 @@ def _before_after(rows: Sequence[Row], scale: tuple[float, float]) -> str:
             f'<article class="sample">{_prompt(row)}<div class="versions">{columns}</div></article>'
         )
     title = "Samples before and after" if last != first else "Evaluation samples"
-    lead = "The same held-out prompts, sampled the same way." if last != first else ""
+    lead = "The same prompts in the first and in the last evaluation." if last != first else ""
     return f'<section id="samples"><h2>{title}</h2><p class="lead">{lead}</p>{"".join(cards)}</section>'
 
 
@@ -57,7 +56,7 @@ def _training(rows: Sequence[Row], scale: tuple[float, float]) -> str:
         groups: dict[str, list[Row]] = {}
         for row in rows:
             if row["episode"] == episode:
-                groups.setdefault(_identity(row), []).append(row)
+                groups.setdefault(_group(row), []).append(row)
         cards = "".join(
             f'<article class="sample">{_prompt(group[0])}<div class="versions">'
             f"{''.join(_completion(row, '', scale) for row in group)}</div></article>"
@@ -67,8 +66,20 @@ def _training(rows: Sequence[Row], scale: tuple[float, float]) -> str:
     return f'<section id="training"><h2>Training samples</h2>{"".join(parts)}</section>'
 
 
-def _identity(row: Row) -> str:
-    return str(row.get("prompt_uid", row.get("uid", ""))) + "\0" + str(row.get("prompt", ""))
+def _by_prompt(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
+    """Key rows by prompt and how often it stood before; numbers differ between evaluations."""
+    keyed: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        prompt = str(row.get("prompt", ""))
+        count = 0
+        while (prompt, count) in keyed:
+            count += 1
+        keyed[(prompt, count)] = row
+    return keyed
+
+
+def _group(row: Row) -> str:
+    return f"{row.get('prompt_uid', '')} {row.get('prompt', '')}"
 
 
 def _prompt(row: Row) -> str:
@@ -126,4 +137,6 @@ def _tint(reward: Any, scale: tuple[float, float]) -> str:
 
 
 def _value(value: Any) -> str:
+    if value is None:  # how JSON lines write what is not finite
+        return "NaN"
     return number(value) if isinstance(value, int | float) else escape(str(value))
