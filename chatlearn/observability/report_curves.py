@@ -19,7 +19,7 @@ WHOLES: Final = ("time/episode", "time/total")
 GROUPS: Final = (
     ("Reward", r"reward|score|accuracy|correct|solved|advantage"),
     ("Learning", r"loss|kl|mismatch|clip|grad|entropy|ratio|\blr\b|learning_rate|value|return"),
-    ("Samples", r"length|truncat|finish|cut_off|_len\b|samples|groups"),
+    ("Samples", r"length|truncat|finish|stop|cut_off|_len\b|samples|group|zero_std"),
     ("Speed and memory", r"per_s\b|token|second|memory|bytes|share|overhead|stale"),
     ("Other", r""),
 )
@@ -72,7 +72,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _owner(name: str) -> str:
-    return name.rpartition("/")[0]
+    return name.split("/", 1)[0]
 
 
 def _group(name: str) -> str:

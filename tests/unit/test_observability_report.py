@@ -26,6 +26,7 @@ from chatlearn.observability.charts import (
 )
 from chatlearn.observability.metrics import MetricStore
 from chatlearn.observability.report import render, write_report
+from chatlearn.observability.report_curves import curves_html
 from chatlearn.observability.transcripts import TranscriptLog
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)"></pre></script>'
@@ -242,6 +243,28 @@ def test_long_runs_stay_small_and_fast(tmp_path):
     html = render(tmp_path)
     assert time.perf_counter() - start < 10
     assert len(html) < 1_500_000
+
+
+def test_metrics_find_their_group():
+    names = {
+        "reward/rewards": "Reward",
+        "reward/rewards/exact": "Reward",
+        "advantage/reward_std": "Reward",
+        "eval/reward/accuracy": "Evaluation",
+        "trainer/clip_low": "Learning",
+        "trainer/lr": "Learning",
+        "trainer/mismatch_max": "Learning",
+        "policy/stop_fraction": "Samples",
+        "policy/generated_tokens_per_s": "Speed and memory",
+        "mine/temperature": "Other",
+    }
+    html = curves_html([{"episode": i, **dict.fromkeys(names, 0.5)} for i in (1, 2)])
+    found = dict.fromkeys(names, "")
+    for section in html.split("<h3>")[1:]:
+        for name in names:
+            if f"{name} <b>" in section:
+                found[name] += section.split("</h3>")[0]
+    assert found == names
 
 
 def test_charts():
