@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +39,6 @@ class Side:
     seconds: list[float] = field(default_factory=list)
     generation: list[float] = field(default_factory=list)
     training: list[float] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
 
 
 def make_model(hidden: int, layers: int, inner: int, vocab: int = VOCAB) -> Any:
@@ -90,33 +90,6 @@ def reward_of(completions: list[str]) -> list[float]:
     return [text.count("a") / max(len(text), 1) for text in completions]
 
 
-class PeakMemory:
-    """Peak memory of a stretch of code: the device's allocations, or this process's resident set."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def start(self) -> None:
-        """Forget the peak so far."""
-        import torch
-
-        if self._device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the current size
-
-    def stop(self) -> int:
-        """Return the peak in bytes since `start`."""
-        import torch
-
-        if self._device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-        return 0
-
-
 class ByHand:
     """The hand-written loop: `step()` is one episode."""
 
@@ -164,9 +137,7 @@ class ByHand:
 
         ids, old = ids.clone(), old.clone()  # out of inference mode
         with self.precision():
-            out = self.trainer(
-                input_ids=ids[:, :-1], logits_to_keep=self.tokens, use_cache=False
-            )
+            out = self.trainer(input_ids=ids[:, :-1], logits_to_keep=self.tokens, use_cache=False)
         logprobs = out.logits.float().log_softmax(-1)
         new = logprobs.gather(2, ids[:, -self.tokens :, None])[..., 0]
         ratio = (new - old).exp()
@@ -235,7 +206,7 @@ def run_chatlearn(
     policy = PolicyInference(
         "policy", model=source, max_new_tokens=tokens, device=device, dtype=dtype
     )
-    reward = FunctionReward("reward", lambda completions: reward_of(completions))
+    reward = FunctionReward("reward", reward_of)
     advantage: BaseModule = GroupAdvantage("advantage")
     learner = Learner("learner", model=source, lr=1e-4, device=device, dtype=dtype,
                       max_tokens_per_micro_batch=1 << 20)  # fmt: skip
@@ -246,7 +217,9 @@ def run_chatlearn(
     def trainer_flow(batch: Any) -> None:
         learner.train_step(batch)
 
-    engine = Engine(Environment(env_flow), Trainer(trainer_flow)).set_parameter_sync(learner, policy)
+    engine = Engine(Environment(env_flow), Trainer(trainer_flow)).set_parameter_sync(
+        learner, policy
+    )
     with engine.set_dataset(make_prompts(PROMPTS)):
         engine.learn()
     metrics = Path(folder, "metrics.jsonl").read_text().splitlines()
@@ -259,7 +232,7 @@ def compare(
     """Interleave both sides; return them and the share of time spent in the engine itself."""
     hand, ours = Side(), Side()
     by_hand = ByHand(make_model(*size), make_tokenizer(), tokens, device, bf16)
-    prompts, memory = make_prompts(PROMPTS), PeakMemory(device)
+    prompts = make_prompts(PROMPTS)
     left = 0.0
 
     def hand_written_step() -> None:
@@ -267,15 +240,11 @@ def compare(
         now = time.perf_counter()
         if left:
             ours.seconds.append(now - left)
-            ours.peak.append(memory.stop())
-        memory.start()
         start = time.perf_counter()
         generation, training = by_hand.step(prompts)
         hand.seconds.append(time.perf_counter() - start)
         hand.generation.append(generation)
         hand.training.append(training)
-        hand.peak.append(memory.stop())
-        memory.start()
         left = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -288,18 +257,51 @@ def compare(
     return hand, ours, statistics.median(engine[1:])
 
 
-def report(name: str, tokens: int, hand: Side, ours: Side, engine: float) -> dict[str, float]:
+def peak_memory(side: str, name: str, tokens: int, arguments: argparse.Namespace) -> float:
+    """Return the peak memory in MB of one side alone, over two episodes in a process of its own."""
+    command = [sys.executable, __file__, "--only", side, "--size", name, "--tokens", str(tokens)]
+    for option in ("threads", "device", "dtype"):
+        command += [f"--{option}", str(getattr(arguments, option))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def run_alone(arguments: argparse.Namespace) -> None:
+    """Run two episodes of one side and print the peak memory in MB."""
+    import torch
+
+    size = {**CPU_SIZES, **GPU_SIZES}[arguments.size]
+    device, bf16 = arguments.device, arguments.dtype == "bf16"
+    if arguments.only == "hand":
+        by_hand = ByHand(make_model(*size), make_tokenizer(), arguments.tokens, device, bf16)
+        for _ in range(2):
+            by_hand.step(make_prompts(PROMPTS))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            run_chatlearn(size, arguments.tokens, 2, device, bf16, lambda: None, folder)
+    if device == "cuda":
+        print(torch.cuda.max_memory_allocated() / 1e6)
+    else:
+        # Not getrusage: its ru_maxrss begins with the peak of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6)
+
+
+def report(
+    name: str, tokens: int, measured: tuple[Side, Side, float], peaks: tuple[float, float]
+) -> dict[str, float]:
     """Print one configuration's table and return its figures."""
+    hand, ours, engine = measured
     pairs = list(zip(ours.seconds, hand.seconds, strict=False))[1:]  # the first one warms up
     ratio = statistics.median(a / b for a, b in pairs)
     total = PROMPTS * GROUP * tokens
     print(f"\n{name} parameters, {PROMPTS * GROUP} samples of {tokens} tokens, {len(pairs)} pairs")
     print(f"{'':14}{'s/episode':>10}{'gen tok/s':>12}{'train tok/s':>13}{'peak MB':>9}")
-    for label, side in (("by hand", hand), ("chatlearn", ours)):
+    sides = (("by hand", hand, peaks[0]), ("chatlearn", ours, peaks[1]))
+    for label, side, peak in sides:
         seconds = statistics.median(side.seconds[1:])
         generated = total / statistics.median(side.generation[1:])
         trained = total / statistics.median(side.training[1:])
-        peak = max(side.peak[1:]) / 1e6
         print(f"{label:14}{seconds:>10.3f}{generated:>12,.0f}{trained:>13,.0f}{peak:>9,.0f}")
     print(f"ratio {ratio:.3f}   engine {engine:.1%} of an episode")
     key = f"{name}_{tokens}"
@@ -308,6 +310,7 @@ def report(name: str, tokens: int, hand: Side, ours: Side, engine: float) -> dic
         f"engine_share_{key}": round(engine, 4),
         f"seconds_{key}": round(statistics.median(ours.seconds[1:]), 4),
         f"seconds_by_hand_{key}": round(statistics.median(hand.seconds[1:]), 4),
+        f"ratio_memory_{key}": round(peaks[1] / peaks[0], 4),
     }
 
 
@@ -319,11 +322,17 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--episodes", type=int, default=0, help="pairs per configuration")
+    parser.add_argument("--only", choices=["hand", "chatlearn"], help=argparse.SUPPRESS)
+    parser.add_argument("--size", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     import torch
 
     torch.set_num_threads(arguments.threads)
+    if arguments.only:
+        run_alone(arguments)
+        return
     sizes = GPU_SIZES if arguments.device == "cuda" else CPU_SIZES
     lengths = [32, 128]
     if arguments.quick:
@@ -333,7 +342,10 @@ def main() -> None:
         for tokens in lengths:
             episodes = arguments.episodes or (5 if arguments.quick else 13)
             measured = compare(size, tokens, episodes, arguments.device, arguments.dtype == "bf16")
-            figures |= report(name, tokens, *measured)
+            peaks = tuple(
+                peak_memory(side, name, tokens, arguments) for side in ("hand", "chatlearn")
+            )
+            figures |= report(name, tokens, measured, peaks)
     figures |= {"threads": arguments.threads}
     print(json.dumps(figures))
 
