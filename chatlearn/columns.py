@@ -54,7 +54,9 @@ COLUMNS: Final[dict[str, Column]] = {
         Column(PROMPT_UID, "int64", "[B]", "number of the prompt; the samples of a group share it"),
         Column(PROMPT, "str | list[dict]", "[B]", "text, or chat messages with role and content"),
         Column(PROMPT_IDS, "int64", "ragged [P_i]", "tokens of the prompt, chat template applied"),
-        Column(RESPONSE_IDS, "int64", "ragged [T_i]", "sampled tokens, the EOS included if sampled"),
+        Column(
+            RESPONSE_IDS, "int64", "ragged [T_i]", "sampled tokens, the EOS included if sampled"
+        ),
         Column(COMPLETION, "str", "[B]", "the response as text, special tokens left out"),
         Column(FINISH_REASON, "str", "[B]", "'stop' (EOS or stop string) or 'length'"),
         Column(TEMPERATURE, "float32", "[B]", "temperature that the response was sampled with"),
