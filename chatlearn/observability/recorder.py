@@ -87,10 +87,11 @@ class Recorder:
         board = TensorBoardTracker(self.folder.tensorboard, done + 1 if resumed else None)
         self._trackers.append(board)
         self._stack.callback(board.close)
-        self.folder.write_text("config.yaml", _annotated(self._config, modules))
+        self._write_config(modules)
         for name, graph in graphs.items():
-            self.folder.write_text(f"flows/{name}.svg", to_svg(graph))
-            self.folder.write_text(f"flows/{name}.mmd", to_mermaid(graph))
+            sink = "trainer" if name == "env_flow" and "trainer_flow" in graphs else "output"
+            self.folder.write_text(f"flows/{name}.svg", to_svg(graph, sink=sink))
+            self.folder.write_text(f"flows/{name}.mmd", to_mermaid(graph, sink=sink))
         self._progress = self._stack.enter_context(Progress(episodes, done))
         self.note(f"run folder: {self.folder.path}")
         if self.folder.moved_to is not None:
@@ -197,6 +198,15 @@ class Recorder:
         if self._progress is not None:
             self._progress.note(text)
 
+    def _write_config(self, modules: Mapping[str, ModuleConfig]) -> None:
+        """Write every resolved value, and who set it."""
+        self.folder.write_text("config.yaml", self._config.to_yaml(modules))
+        sections = self._config.to_dict(modules)
+        keys = [f"runtime.{key}" for key in sections["runtime"]]
+        keys += [f"models.{name}.{key}" for name, m in sections["models"].items() for key in m]
+        origins = {key: self._config.provenance(key) for key in keys}
+        self.folder.write_text("config_origins.json", json.dumps(origins, indent=2))
+
     def _write_row(self, episode: int, train_iteration: int) -> dict[str, float]:
         metrics = {**self._episode.summary(), **self._evaluation}
         self._evaluation = {}
@@ -213,10 +223,6 @@ class Recorder:
 
 def _columns(batches: Sequence[Batch]) -> int:
     return len(batches[0]) if batches else 0
-
-
-def _annotated(config: Config, modules: Mapping[str, ModuleConfig]) -> str:
-    return config.to_yaml(modules)
 
 
 def _open_folder(path: Path | None, wants_resume: bool) -> RunFolder:
