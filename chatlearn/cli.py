@@ -116,7 +116,7 @@ def graph(
         checked: Checked = _inspect(script, context.obj or (), _check)
         written: list[Path] = []
         for name, flow in checked.graphs.items():
-            written += _draw(name, flow, out)
+            written += _draw(name, flow, checked.graphs, out)
         if written:
             typer.echo(f"wrote {', '.join(map(str, written))}")
         _stop_at([problem for problem in checked.problems if isinstance(problem, FlowError)])
@@ -321,13 +321,19 @@ def _print_values(modules: Sequence[BaseModule]) -> None:
     _console().print(table)
 
 
-def _draw(name: str, graph: FlowGraph, folder: Path) -> list[Path]:
+def _draw(
+    name: str, graph: FlowGraph, graphs: Mapping[str, FlowGraph], folder: Path
+) -> list[Path]:
     """Print a flow and write its two files."""
     from chatlearn.errors import OutputError
-    from chatlearn.flow.draw import to_mermaid, to_svg, to_text
+    from chatlearn.flow.draw import sink_of, to_mermaid, to_svg, to_text
 
-    typer.echo(f"{name}\n{to_text(graph)}\n")
-    files = {folder / f"{name}.mmd": to_mermaid(graph), folder / f"{name}.svg": to_svg(graph)}
+    sink = sink_of(name, graphs)
+    typer.echo(f"{name}\n{to_text(graph, sink=sink)}\n")
+    files = {
+        folder / f"{name}.mmd": to_mermaid(graph, sink=sink),
+        folder / f"{name}.svg": to_svg(graph, sink=sink),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():

@@ -8,6 +8,7 @@ leads to `▶ <sink>`, control dependencies are dashed.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from xml.sax.saxutils import escape
 
 from chatlearn.flow.draw_text import shorten, step_label, to_text
@@ -228,3 +229,8 @@ def _svg_pill(label: str, x: float, y: float, width: float) -> str:
         f'height="{PILL_HEIGHT}" rx="{PILL_HEIGHT / 2}"/>'
         f'<text class="end" x="{x:.1f}" y="{y + 20:.1f}">{escape(shorten(label))}</text></g>'
     )
+
+
+def sink_of(name: str, graphs: Collection[str]) -> str:
+    """Return where a flow's outputs go, given the names of the engine's flows."""
+    return "trainer" if name == "env_flow" and "trainer_flow" in graphs else "output"

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from chatlearn.config import Config, ModuleConfig
 from chatlearn.errors import OutputError
-from chatlearn.flow.draw import to_mermaid, to_svg
+from chatlearn.flow.draw import sink_of, to_mermaid, to_svg
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
 from chatlearn.observability.progress import Progress
@@ -89,7 +89,7 @@ class Recorder:
         self._stack.callback(board.close)
         self._write_config(modules)
         for name, graph in graphs.items():
-            sink = "trainer" if name == "env_flow" and "trainer_flow" in graphs else "output"
+            sink = sink_of(name, graphs)
             self.folder.write_text(f"flows/{name}.svg", to_svg(graph, sink=sink))
             self.folder.write_text(f"flows/{name}.mmd", to_mermaid(graph, sink=sink))
         self._progress = self._stack.enter_context(Progress(episodes, done))
