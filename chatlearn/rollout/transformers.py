@@ -33,7 +33,7 @@ _PREFILL_TOKENS = 16384
 batch."""
 _UNIFORM_STEPS = 64
 """Steps whose random numbers are made at once."""
-_LEAVE_FRACTION = 1 / 16
+_LEAVE_FRACTION = 1 / 32
 """Finished rows leave when they are at least this part of the rows; moving them costs about one
 small layer call."""
 _CHECK_EVERY_CUDA = 8
