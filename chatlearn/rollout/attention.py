@@ -3,8 +3,9 @@
 
 With grouped key/value heads and a mask, transformers copies keys and values once per query head
 before every call of `scaled_dot_product_attention`, which costs more than the attention itself when
-each row asks for one token. Here the query heads of a group become the queries of one key/value
-head: the same sums, no copy.
+each row asks for one token. Two ways compute the same sums without a copy; measured on 128 rows, 4
+heads in 2 groups, 80 tokens, us per call (copying / heads as queries / native groups):
+one thread 559 / 281 / 327, two threads 318 / 448 / 189.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -59,6 +61,14 @@ def _decode_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
+    if query.device.type == "cpu" and torch.get_num_threads() > 1:
+        # Native groups ask for products with one row, which need no threads inside the kernel's own.
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+    # The query heads of a group become the queries of one key/value head. On CUDA, native groups
+    # with a mask would fall back to the slow kernel.
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
     output = scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, scale=scaling

@@ -179,3 +179,20 @@ def test_full_attention_is_cached_in_place_and_other_layers_are_not() -> None:
     ):
         config = load_model(ARCHITECTURES[name], device="cpu").config
         assert type(make_cache(config, 4)) is kind
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (6,) * 5])
+def test_the_number_of_threads_changes_nothing(
+    engine: TransformersEngine, lengths: tuple[int, ...]
+) -> None:
+    """The attention kernel is chosen by the number of threads; both choices compute the same."""
+    params = SamplingParams(max_new_tokens=12)
+    threads = torch.get_num_threads()
+    done: list[list[Completion]] = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            done.append(engine.generate(prompts(lengths, group=2), params, seed=6))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(done[0], done[1])
