@@ -75,7 +75,7 @@ def merge_samples(
         BatchError: no samples, a missing column, a column of the wrong length, a number that is not
             finite.
     """
-    batches = [batch for batch in batches if len(batch.get(columns.RESPONSE_IDS, "?"))]
+    batches = [batch for batch in batches if batch and len(batch.get(columns.RESPONSE_IDS, "?"))]
     if not batches:
         raise BatchError(
             "a train step got no samples",
@@ -143,6 +143,8 @@ class _Columns:
             if name not in batch:
                 raise self._missing(name, batch)
             column = batch[name]
+            if columns.RESPONSE_IDS in batch:
+                self._require_count(name, len(column), len(batch[columns.RESPONSE_IDS]))
             values += (
                 column.unbind() if isinstance(column, Tensor) else map(torch.as_tensor, column)
             )
@@ -192,12 +194,6 @@ class _Columns:
             )
 
     def _require_lengths(self, name: str, values: Sequence[Tensor]) -> None:
-        if len(values) != len(self._lengths):
-            raise BatchError(
-                f"column {name!r} holds {len(values)} samples, {columns.RESPONSE_IDS!r} holds "
-                f"{len(self._lengths)}",
-                place=f"module {self._module!r}",
-            )
         for uid, value, length in zip(self.uids, values, self._lengths, strict=True):
             if value.shape != (length,):
                 raise BatchError(
@@ -205,6 +201,14 @@ class _Columns:
                     place=f"module {self._module!r}, sample uid {uid}",
                     fix=f"give one entry of {name!r} per response token",
                 )
+
+    def _require_count(self, name: str, samples: int, expected: int) -> None:
+        if samples != expected:
+            raise BatchError(
+                f"column {name!r} holds {samples} samples, {columns.RESPONSE_IDS!r} holds {expected}",
+                place=f"module {self._module!r}",
+                fix="give every column one entry per sample",
+            )
 
     def _missing(self, name: str, batch: Batch) -> BatchError:
         maker = _MAKERS.get(name, "another module")

@@ -36,7 +36,9 @@ def test_k1_and_k3_are_unbiased():
     policy, reference = torch.randn(2, 6, dtype=torch.float64, generator=generator).log_softmax(-1)
     exact = float((policy.exp() * (policy - reference)).sum())
     for kind in ("k1", "k3"):
-        assert abs(float((policy.exp() * kl_penalty(policy, reference, kind)).sum()) - exact) < 1e-12
+        assert (
+            abs(float((policy.exp() * kl_penalty(policy, reference, kind)).sum()) - exact) < 1e-12
+        )
 
 
 def test_k3_is_bounded():

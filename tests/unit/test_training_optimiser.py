@@ -107,7 +107,9 @@ def test_state_resumes_exactly_and_loads_without_pickled_code():
             set_gradients(part, 0.3 - 0.1 * step)
             updater.step()
         assert optimiser.lr == resumed.lr
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_a_loaded_state_is_a_copy():

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from chatlearn.errors import BatchError, ConfigError, RewardError
+from chatlearn.models import FunctionReward
+from chatlearn.module import state_of
+
+
+def batch():
+    return {
+        "uid": torch.tensor([7, 8, 9]),
+        "prompt": ["1+1=", "2+2=", "3+3="],
+        "completion": ["2", "5", "6"],
+        "answer": ["2", "4", "6"],
+    }
+
+
+def exact(completions, answer):
+    return [c == a for c, a in zip(completions, answer, strict=True)]
+
+
+def brief(completions):
+    return [-len(c) for c in completions]
+
+
+def rewards(function, data=None):
+    return FunctionReward("reward", function).forward_step(data or batch())["rewards"].tolist()
+
+
+def test_a_function_gets_columns_by_parameter_name():
+    seen = {}
+
+    def score(completions, prompts, answer, uid, missing=5, *, completion):
+        seen.update(locals())
+        return [0, 0, 0]
+
+    rewards(score)
+    assert seen["prompts"] == ["1+1=", "2+2=", "3+3="]
+    assert seen["completions"] == seen["completion"] == ["2", "5", "6"]
+    assert seen["answer"] == ["2", "4", "6"]
+    assert seen["uid"].tolist() == [7, 8, 9]
+    assert seen["missing"] == 5
+
+
+def test_keyword_catch_all_gets_everything():
+    def score(completions, **columns):
+        assert sorted(columns) == ["answer", "completion", "prompt", "uid"]
+        return [1.0] * len(completions)
+
+    assert rewards(score) == [1.0, 1.0, 1.0]
+
+
+class Judge:
+    def __call__(self, completions):
+        return np.array([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions: [1, 2, 3],
+        lambda completions: (1.0, 2.0, 3.0),
+        lambda completions: torch.tensor([1, 2, 3]),
+        lambda completions: np.array([1.0, 2.0, 3.0]),
+        lambda completions: [torch.tensor(1.0), np.float32(2), 3],
+        lambda completions, /: [1, 2, 3],
+        functools.partial(lambda completions, scale: [scale * i for i in (1, 2, 3)], scale=1),
+        Judge(),
+    ],
+)
+def test_numbers_of_any_kind(function):
+    assert rewards(function) == [1.0, 2.0, 3.0]
+
+
+def test_several_functions_are_weighted_and_each_has_its_column():
+    module = FunctionReward("reward", [exact, brief], weights=[1.0, 0.2])
+    data = module.forward_step(batch())
+    assert data["rewards"].dtype == torch.float32
+    assert data["rewards"].tolist() == pytest.approx([0.8, -0.2, 0.8])
+    assert data["rewards/exact"].tolist() == [1.0, 0.0, 1.0]
+    assert data["rewards/brief"].tolist() == [-1.0, -1.0, -1.0]
+    assert state_of(module).metrics == [
+        {
+            "rewards": pytest.approx(0.8 - 1 / 3),
+            "rewards/exact": pytest.approx(2 / 3),
+            "rewards/brief": -1.0,
+        }
+    ]
+
+
+def test_functions_and_weights_by_name():
+    module = FunctionReward("reward", {"a": exact, "b": brief}, weights={"b": 0.0, "a": 2.0})
+    data = module.eval_step(batch())
+    assert data["rewards"].tolist() == [2.0, 0.0, 2.0]
+    assert set(state_of(module).metrics[0]) == {"eval/rewards", "eval/rewards/a", "eval/rewards/b"}
+
+
+def test_sorting_in_place_does_not_reorder_the_batch():
+    def score(completions):
+        completions.sort(reverse=True)
+        return [0.0] * 3
+
+    data = batch()
+    rewards(score, data)
+    assert data["completion"] == ["2", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions, solution: [0] * 3, "asks for 'solution'"),
+        (lambda completions: [1.0, 2.0], "returned 2 rewards for 3 samples"),
+        (lambda completions: None, "returned None"),
+        (lambda completions: 1.0, "returned 1.0"),
+        (lambda completions: "abc", "returned 'abc'"),
+        (lambda completions: torch.tensor(1.0), "returned 1.0"),
+        (lambda completions: [1.0, None, 2.0], "returned None for one sample"),
+        (lambda completions: [1.0, math.nan, 2.0], "returned nan for one sample"),
+        (lambda completions: [1.0, -math.inf, 2.0], "returned -inf for one sample"),
+        (lambda completions: [1.0, "good", 2.0], "returned 'good' for one sample"),
+        (lambda completions: torch.ones(3, 2), r"returned \[1.0, 1.0\] for one sample"),
+        (lambda completions: [1.0, torch.ones(2), 2.0], "for one sample"),
+    ],
+)
+def test_what_is_no_reward_is_an_error_and_never_a_zero(function, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        rewards(function)
+    assert "lambda" in str(caught.value)
+    assert __file__ in str(caught.value)
+
+
+def test_a_bad_number_names_sample_and_completion():
+    data = batch()
+    data["completion"][1] = "x" * 500
+    with pytest.raises(RewardError) as caught:
+        rewards(lambda completions: [0.0, math.nan, 0.0], data)
+    assert "sample uid 8" in str(caught.value)
+    assert "xxx..." in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_an_unknown_parameter_lists_what_there_is():
+    with pytest.raises(RewardError) as caught:
+        rewards(lambda solution: [0] * 3)
+    for name in ("answer", "completions", "prompts", "uid"):
+        assert name in str(caught.value)
+
+
+def test_an_exception_keeps_its_traceback_and_names_the_function():
+    def score(completions):
+        return [1 / 0 for _ in completions]
+
+    with pytest.raises(RewardError, match="'score' raised ZeroDivisionError") as caught:
+        rewards(score)
+    cause = caught.value.__cause__
+    assert isinstance(cause, ZeroDivisionError)
+    frame = cause.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    assert frame.tb_frame.f_code.co_filename == __file__
+
+
+def test_a_batch_without_completions_is_named():
+    with pytest.raises(BatchError, match="'completion' is missing"):
+        rewards(exact, {"answer": ["1"]})
+
+
+def test_an_empty_batch_is_fine():
+    assert rewards(lambda completions: [], {"completion": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("functions", "settings", "message"),
+    [
+        ([], {}, "no reward function"),
+        ([exact, exact], {}, "share a name"),
+        ({"a": 3}, {}, "is a int"),
+    ],
+)
+def test_unusable_functions_are_refused_when_the_module_is_made(functions, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FunctionReward("reward", functions, **settings)
+
+
+@pytest.mark.parametrize("weights", [[1.0], {"exact": 1.0}, {"exact": 1.0, "other": 2.0}])
+def test_weights_that_do_not_fit_are_refused(weights):
+    module = FunctionReward("reward", [exact, brief], weights=weights)
+    assert "weight" in str(module.check_config()[0])
+    with pytest.raises(ConfigError, match="weights"):
+        module.forward_step(batch())
