@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, cast
 from chatlearn.config import active
 from chatlearn.data.prompts import Rows, Source, load_prompts
 from chatlearn.errors import DataError, EngineError
+from chatlearn.flow.batching import numbers
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.trace import Flow, trace
 from chatlearn.inspection import intercept
@@ -147,10 +148,13 @@ class Evaluator(Executor):
             if observer is not None:
                 observer(call)
 
-        results = stage.evaluate(graph, self.rows(), observer=observe)
+        results = stage.evaluate(
+            graph, self.rows(), episode=info.episode_iteration + 1, observer=observe
+        )
         self.metrics = measured.summary()
         if self.post_process is not None:
-            self.metrics.update(_numbers(self.post_process(results, info)))
+            returned = self.post_process(results, info)
+            self.metrics.update(numbers(returned) if isinstance(returned, Mapping) else {})
         return results
 
     def check(self) -> Program:
@@ -162,12 +166,3 @@ class Evaluator(Executor):
         if self.stage is not None:
             self.stage.close()
             self.stage = None
-
-
-def _numbers(given: Any) -> dict[str, float]:
-    if not isinstance(given, Mapping):
-        return {}
-    entries = cast("Mapping[Any, Any]", given).items()
-    return {
-        str(name): float(value) for name, value in entries if isinstance(value, bool | int | float)
-    }

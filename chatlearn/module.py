@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard
 
 from chatlearn.config import Config as RunConfig
 from chatlearn.config import ModuleConfig, active
@@ -37,6 +38,31 @@ class Tracer(Protocol):
     ) -> Any:
         """Record the call as a node and return its symbolic output."""
         ...
+
+
+@dataclass
+class ModuleState:
+    """What the engine keeps about a module, in one attribute so that no name of a user's class can collide."""
+
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    config: ModuleConfig | None = None
+    padding: dict[str, tuple[float, Literal["left", "right"]]] = field(
+        default_factory=dict[str, tuple[float, Literal["left", "right"]]]
+    )
+    shared: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Values that all modules of an engine share."""
+    metrics: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    """What the current call has logged."""
+    is_set_up: bool = False
+    """Whether `setup()` has run since the module was last released."""
+
+
+def state_of(module: BaseModule) -> ModuleState:
+    """Return what the engine keeps about a module; made late, for classes that never call `super().__init__`."""
+    state = module.__dict__.get("_chatlearn")
+    if state is None:
+        state = module.__dict__["_chatlearn"] = ModuleState()
+    return state
 
 
 ACTIVE_TRACER: ContextVar[Tracer | None] = ContextVar("chatlearn_active_tracer", default=None)
@@ -63,9 +89,16 @@ class BaseModule:
     """On what granularity a step may be called: any micro-batch, whole groups, or the whole episode."""
     filters_samples: ClassVar[bool] = False
     """Whether a step may return fewer samples than it got; the kept ones must bring their `uid` column."""
+    shares_weights: ClassVar[bool] = False
+    """Whether a sync within one process may let this class share storage instead of copying: as a source it changes
+    its weights in train steps only, as a destination never. Subclasses do not inherit it; they declare it anew."""
 
     model: nn.Module | None = None
     """Where parameter sync and checkpoints find the weights, unless `state_dict` is overridden."""
+    replica_id: int = 0
+    """Which copy of the module this is; given by the engine."""
+    policy_version: int = 0
+    """Parameter syncs received; counted by the engine."""
 
     def __init__(self, name: str, **settings: Any) -> None:
         """Name the module; `settings` are fields of `Config`, overruled by `models.<name>` of the configuration."""
@@ -75,17 +108,10 @@ class BaseModule:
                 fix=f'write {type(self).__name__}("some_name")',
             )
         self.name = name
-        self.replica_id = 0
-        self.policy_version = 0
-        self._settings = settings
-        self._config: ModuleConfig | None = None
-        self._padding: dict[str, tuple[float, Literal["left", "right"]]] = {}
-        self._shared: dict[str, Any] = {}
-        self._metrics: list[dict[str, float]] = []
-        self._is_set_up = False
+        state_of(self).settings = settings
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r})"
+        return f"{type(self).__name__}({vars(self).get('name')!r})"
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -98,21 +124,12 @@ class BaseModule:
     @property
     def config(self) -> Any:
         """The resolved, typed configuration: defaults < constructor settings < YAML < overrides."""
-        if self._config is None:
-            self.resolve_config(active())
-        return self._config
+        own = vars(self)
+        return own["config"] if "config" in own else resolved_config(self)
 
     @config.setter
     def config(self, value: Any) -> None:
-        raise ConfigError(
-            "`config` is the module's typed configuration and cannot be assigned",
-            place=f"{type(self).__name__}({self.name!r})",
-            fix="keep your own value under another attribute name",
-        )
-
-    def resolve_config(self, config: RunConfig) -> None:
-        """Resolve this module's configuration anew; raises `ConfigError` on unknown or mistyped fields."""
-        self._config = config.module(self.name, type(self).Config, self._settings)
+        vars(self)["config"] = value  # a user's own attribute; the engine reads `resolved_config`
 
     # ---- hooks a user may override -------------------------------------------------------------------------------
 
@@ -147,11 +164,11 @@ class BaseModule:
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the named tensors that parameter sync and checkpoints carry (of `self.model`, if there is one)."""
-        return {} if self.model is None else self.model.state_dict()
+        return self.model.state_dict() if has_model(self) else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over named tensors, in place."""
-        if self.model is not None:
+        if has_model(self):
             self.model.load_state_dict(state)
 
     def training_state(self) -> dict[str, Any]:
@@ -169,33 +186,19 @@ class BaseModule:
 
     def put(self, key: str, value: Any) -> None:
         """Share a value with all modules of the engine."""
-        self._shared[key] = value
+        state_of(self).shared[key] = value
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value that some module shared under `key`, else `default`."""
-        return self._shared.get(key, default)
-
-    def set_up_once(self) -> None:
-        """Run `setup()` unless it has run since the module was last released."""
-        if not self._is_set_up:
-            self.setup()
-            self._is_set_up = True
-
-    def release(self) -> None:
-        """Have the next engine set the module up anew."""
-        self._is_set_up = False
-
-    def connect_shared(self, values: dict[str, Any]) -> None:
-        """Join the values that the engine's modules share; what was put before comes along."""
-        values.update(self._shared)
-        self._shared = values
+        return state_of(self).shared.get(key, default)
 
     def log(self, metrics: Mapping[str, float] | None = None, /, **more: float) -> None:
         """Report numbers of this call; the engine averages them over the episode's calls and logs them.
 
         Names that end in `_tokens` are summed, those in `_max` and `_min` take the extreme.
         """
-        self._metrics.append({k: float(v) for k, v in {**(metrics or {}), **more}.items()})
+        given = {**(metrics or {}), **more}
+        state_of(self).metrics.append({name: _as_float(value) for name, value in given.items()})
 
     def add_padding_config(
         self, key: str, value: float, side: Literal["left", "right"] = "right"
@@ -206,15 +209,38 @@ class BaseModule:
                 f"padding side must be 'left' or 'right', not {side!r}",
                 place=f"add_padding_config({key!r}) of module {self.name!r}",
             )
-        self._padding[key] = (value, side)
+        state_of(self).padding[key] = (value, side)
 
 
-_SERVICES = frozenset(
-    {"put", "get", "log", "add_padding_config", "connect_shared", "resolve_config", "release"}
-)
+_SERVICES = frozenset({"put", "get", "log", "add_padding_config"})
 _HOOKS = frozenset(
     name for name, value in vars(BaseModule).items() if callable(value) and not name.startswith("_")
 )
+
+
+def has_model(module: BaseModule) -> TypeGuard[_WithModel]:
+    """Tell whether `self.model` is a torch module (a user may keep a path, or an engine of another kind there)."""
+    return hasattr(module.model, "state_dict") and hasattr(module.model, "named_parameters")
+
+
+def _as_float(value: Any) -> float:
+    return float(value.detach() if hasattr(value, "detach") else value)
+
+
+class _WithModel(Protocol):
+    model: nn.Module
+
+
+def resolve_config(module: BaseModule, config: RunConfig) -> ModuleConfig:
+    """Resolve a module's configuration anew; raises `ConfigError` on unknown or mistyped fields."""
+    state = state_of(module)
+    state.config = config.module(module.name, type(module).Config, state.settings)
+    return state.config
+
+
+def resolved_config(module: BaseModule) -> ModuleConfig:
+    """Return a module's configuration, whatever its class does with the attribute `config`."""
+    return state_of(module).config or resolve_config(module, active())
 
 
 def may_be_node(module: BaseModule, method: str) -> bool:
@@ -226,7 +252,7 @@ def may_be_node(module: BaseModule, method: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _traceable(function: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """Wrap a method so that a call with symbolic values is recorded while a flow is traced."""
+    """Wrap a method so that a call with symbolic values is recorded, under its name in the class, while tracing."""
 
     @functools.wraps(function)
     def call(self: BaseModule, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,9 @@ from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import ChatLearnError, ConfigError, DataError, FlowError
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.trace import check_names
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, resolve_config, resolved_config
+from chatlearn.runtime.flow_run import FlowRun
+from chatlearn.runtime.protocol import node_specs
 
 
 class Executor(Protocol):
@@ -69,7 +71,7 @@ class Program:
     @property
     def module_configs(self) -> dict[str, ModuleConfig]:
         """The resolved configuration of every module."""
-        return {module.name: module.config for module in self.modules}
+        return {module.name: resolved_config(module) for module in self.modules}
 
     def plan(self, dataset_size: int | None = None) -> EpisodePlan:
         """Return the arithmetic of an episode over `dataset_size` rows (of the given dataset, if None)."""
@@ -85,10 +87,15 @@ def compile_program(
 ) -> Program:
     """Trace and validate flows; what is wrong stands in `problems`, all of it at once."""
     program = Program(config, environment, trainer, evaluator, sync_pairs)
-    checks = (_trace, _check_modules, _check_backend, _check_syncs, _check_data, _check_arithmetic)
+    checks = [_trace, _check_modules, _check_backend, _check_syncs, _check_data, _check_arithmetic]
     for check in checks:
         try:
             check(program)
+        except ChatLearnError as error:
+            program.problems.append(error)
+    if not program.problems:
+        try:
+            _check_graphs(program)
         except ChatLearnError as error:
             program.problems.append(error)
     return program
@@ -122,8 +129,12 @@ def _trace(program: Program) -> None:
 
 def _check_modules(program: Program) -> None:
     for module in program.modules:
-        module.resolve_config(program.config)
-        program.problems += module.check_config()
+        try:
+            resolve_config(module, program.config)
+        except ChatLearnError as error:
+            program.problems.append(error)
+        else:
+            program.problems += module.check_config()
     has_training = program.environment is not None or program.trainer is not None
     if has_training and len(program.graphs) == _count_executors(program):
         program.config.check_modules([module.name for module in program.modules])
@@ -140,9 +151,20 @@ def _check_backend(program: Program) -> None:
             place=program.config.provenance("runtime.backend"),
             fix="use runtime.backend=local",
         )
-    graph = program.graphs.get("trainer_flow")
-    for module in graph.modules if graph else ():
-        if module.config.num_replica > 1:
+    for key in ("max_replay_episode", "replay_episode_offset"):
+        if getattr(program.config.runtime, key):
+            raise ConfigError(
+                f"runtime.{key} is not available in this version: episodes are not replayed",
+                place=program.config.provenance(f"runtime.{key}"),
+                fix="take it out",
+            )
+
+
+def _check_graphs(program: Program) -> None:
+    """Refuse what a graph alone tells will not run: replicas that train, inputs on both sides of a filter."""
+    trainer = program.graphs.get("trainer_flow")
+    for module in trainer.modules if trainer else ():
+        if resolved_config(module).num_replica > 1:
             program.problems.append(
                 ConfigError(
                     f"module {module.name!r} is in the trainer flow and cannot have replicas",
@@ -150,6 +172,9 @@ def _check_backend(program: Program) -> None:
                     fix=f"leave models.{module.name}.num_replica at 1",
                 )
             )
+    for name in ("env_flow", "eval_flow"):
+        if graph := program.graphs.get(name):
+            FlowRun(node_specs(graph), graph.outputs, (), ())
 
 
 def _check_syncs(program: Program) -> None:

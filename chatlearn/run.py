@@ -20,7 +20,7 @@ from chatlearn.data.sampler import PromptSampler
 from chatlearn.data.stream import StreamDataset
 from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.executors import EvalInfo, Evaluator
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, has_model, resolved_config
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
 from chatlearn.runtime.local import FlowWork, Outcome, TrainWork
@@ -60,6 +60,7 @@ class Run:
         self.result = RunResult(0, 0, 0.0, Path())
         self._resume_from: Path | None = None
         self._saved_episode = -1
+        self._rng_to_save: checkpoints.RngStates | None = None
         self._module_seconds = 0.0
         self._forced = False
         self._signal: int | None = None
@@ -69,7 +70,8 @@ class Run:
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
-        self._recorder = Recorder(self.program.config, wants_resume=self.config.resume != "never")
+        self._refuse_missing_checkpoint()
+        self._recorder = Recorder(self.program.config, goes_on=self._goes_on_in)
         try:
             self._begin()
         except BaseException:
@@ -90,6 +92,8 @@ class Run:
             done=done,
             resumed=self._resume_from is not None,
         )
+        if self.program.config.provenance("runtime.seed") != "default":
+            checkpoints.seed_all(self.config.seed)
         with self._recorder.phase("setup"):
             self.stage.set_up()
         self._sampler, self._datasets = self._sampler_over_datasets()
@@ -127,7 +131,7 @@ class Run:
 
     def _end(self) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
         self._recorder.close()
 
@@ -153,9 +157,9 @@ class Run:
             )
         while self.state.episode < self.config.num_episode and self._signal is None:
             self._recorder.begin_episode(self.state.episode + 1)
-            self.stage.runtime.hook("before_episode")
+            self.stage.runtime.hook("before_episode", episode=self.state.episode + 1)
             yield self.state.episode
-            self.stage.runtime.hook("after_episode")
+            self.stage.runtime.hook("after_episode", episode=self.state.episode)
             self.result.metrics = self._recorder.episode_done(
                 self.state.episode, self.state.train_iteration, self._module_seconds
             )
@@ -165,6 +169,7 @@ class Run:
         assert self._plan is not None
         graphs = self.program.graphs
         drawn, counts = self._sampler.drawn, self.stage.iterations.copy()
+        rng = checkpoints.rng_states()
         draws = self._sampler.draw(self._plan.prompts)
         feed = Feed(self._datasets, draws, self._plan.group_size, drawn)
         flow = FlowWork(graphs["env_flow"], feed) if "env_flow" in graphs else None
@@ -184,7 +189,7 @@ class Run:
             )
         except KeyboardInterrupt:
             # Nothing was trained: go back to where the episode began, so that the checkpoint repeats it.
-            self._sampler.drawn = drawn
+            self._sampler.drawn, self._rng_to_save = drawn, rng
             self.stage.iterations.clear()
             self.stage.iterations.update(counts)
             raise
@@ -275,7 +280,7 @@ class Run:
         syncs: list[tuple[ParameterSync, int]] = []
         for source, destination in self.program.sync_pairs:
             replicas = [worker.module for worker in self.stage.runtime.workers[destination.name]]
-            frequency = destination.config.sync_frequency
+            frequency = resolved_config(destination).sync_frequency
             share = may_share(
                 frequency=frequency,
                 replicas=len(replicas),
@@ -286,14 +291,21 @@ class Run:
             syncs.append((ParameterSync(source, replicas, share=share), frequency))
         return syncs
 
-    def _stateful_modules(self) -> list[BaseModule]:
-        """Modules whose weights a resumed run cannot get elsewhere: trained ones, and those synced rarely."""
+    def _own_weights(self) -> set[str]:
+        """Modules whose weights a resumed run cannot get elsewhere: trained ones, sources, and those synced rarely."""
         trainer = self.program.graphs.get("trainer_flow")
-        modules = list(trainer.modules) if trainer else []
+        own = {module.name for module in (trainer.modules if trainer else ())}
         for source, destination in self.program.sync_pairs:
-            rarely = [destination] if destination.config.sync_frequency > 1 else []
-            modules += [m for m in (source, *rarely) if m not in modules]
-        return modules
+            own.add(source.name)
+            if resolved_config(destination).sync_frequency > 1:
+                own.add(destination.name)
+        return own
+
+    def _weights_to_save(self) -> set[str]:
+        """Besides `_own_weights`, modules outside all pairs that hold more than frozen weights."""
+        received = {destination.name for _, destination in self.program.sync_pairs}
+        others = {m.name for m in self.stage.modules if m.name not in received and _may_change(m)}
+        return self._own_weights() | others
 
     def _save(self) -> None:
         if self._saved_episode == self.state.episode:
@@ -304,28 +316,44 @@ class Run:
         self.state.policy_versions = {m.name: m.policy_version for m in self.stage.modules}
         self.state.config_digest = self.program.config.digest(self.program.module_configs)
         with self._recorder.phase("checkpoint"):
-            self.stage.runtime.hook("save_checkpoint", self.state.train_iteration)
+            self._module_checkpoints("save_checkpoint")
             root = self._recorder.folder.checkpoints
-            path = checkpoints.save(root, self.state, self._stateful_modules())
+            path = checkpoints.save(
+                root,
+                self.state,
+                self.stage.modules,
+                with_weights=self._weights_to_save(),
+                rng=self._rng_to_save,
+            )
         self._saved_episode = self.state.episode
         self._recorder.note(f"checkpoint: {path}")
 
-    def _checkpoint_to_resume(self, root: Path) -> Path | None:
-        if self.config.resume == "never":
-            return None
-        if self.config.resume == "auto":
-            return checkpoints.newest(root)
-        path = Path(self.config.resume)
-        if not (path / "checkpoint.json").is_file():
+    def _module_checkpoints(self, hook: str) -> None:
+        done = self.state
+        self.stage.runtime.hook(hook, done.train_iteration, episode=done.episode)
+
+    def _refuse_missing_checkpoint(self) -> None:
+        resume = self.config.resume
+        if resume not in ("never", "auto") and not (Path(resume) / "checkpoint.json").is_file():
             raise CheckpointError(
-                f"runtime.resume={self.config.resume!r} names no checkpoint",
+                f"runtime.resume={resume!r} names no checkpoint",
                 place=self.program.config.provenance("runtime.resume"),
                 fix="name a folder such as <output_dir>/checkpoints/episode-000012, or use auto",
             )
-        return path
+
+    def _checkpoint_to_resume(self, root: Path) -> Path | None:
+        if self.config.resume == "auto":
+            return checkpoints.newest(root)
+        return None if self.config.resume == "never" else Path(self.config.resume)
+
+    def _goes_on_in(self, folder: Path) -> bool:
+        """Tell whether the run to resume lies in `folder`; what else lies there belongs to an earlier run."""
+        checkpoint = self._checkpoint_to_resume(folder / "checkpoints")
+        return checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve())
 
     def _resume(self, path: Path) -> None:
-        self.state = checkpoints.load(path, self._stateful_modules())
+        own = self._own_weights()
+        self.state = checkpoints.load(path, self.stage.modules, required=own)
         sizes = [len(dataset) for dataset in self._datasets]
         if self.state.dataset_sizes != sizes:
             raise ConfigError(
@@ -337,7 +365,7 @@ class Run:
         self.stage.iterations.update(self.state.counts())
         for module in self.stage.modules:
             module.policy_version = self.state.policy_versions.get(module.name, 0)
-        self.stage.runtime.hook("load_checkpoint", self.state.train_iteration)
+        self._module_checkpoints("load_checkpoint")
         self._saved_episode = self.state.episode
         self._recorder.note(f"resumed from {path}: {self.state.episode} episodes done")
 
@@ -353,3 +381,10 @@ class Run:
             raise KeyboardInterrupt
         self._signal = number
         sys.stderr.write("\nstopping at the next safe point; once more stops right here\n")
+
+
+def _may_change(module: BaseModule) -> bool:
+    """Tell whether a module holds more than frozen weights."""
+    if type(module).state_dict is not BaseModule.state_dict:
+        return True
+    return has_model(module) and any(p.requires_grad for p in module.model.parameters())

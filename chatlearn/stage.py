@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from chatlearn.config import RuntimeConfig
@@ -34,7 +34,7 @@ class Stage:
 
     def set_up(self) -> None:
         """Run every module's `setup()`, but for those that another stage in this process has set up."""
-        self.runtime.hook("set_up_once")
+        self.runtime.set_up()
 
     def build_datasets(
         self, graph: FlowGraph, sources: Sequence[Rows], *, is_eval: bool
@@ -48,6 +48,12 @@ class Stage:
         for rows in sources:
             built = worker.hook("build_dataset", rows, **keywords)
             dataset = PromptDataset(rows) if built is None else built
+            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+                raise DataError(
+                    f"build_dataset returned a {type(dataset).__name__} without length or rows by index",
+                    place=f"{type(first).__name__}.build_dataset",
+                    fix="return a dataset with __len__ and __getitem__, e.g. a list of dicts",
+                )
             if len(dataset) == 0:
                 raise DataError(
                     f"the dataset of {graph.name} is empty",
@@ -62,8 +68,8 @@ class Stage:
         graph: FlowGraph,
         rows: Sequence[Rows],
         *,
+        episode: int = 0,
         observer: Observer | None = None,
-        interrupted: Callable[[], bool] = lambda: False,
     ) -> Results:
         """Run an evaluation flow over whole datasets, each sample once, in order.
 
@@ -75,12 +81,11 @@ class Stage:
         datasets = self._eval_datasets[1]
         draws = [Draw(d, row) for d, dataset in enumerate(datasets) for row in range(len(dataset))]
         outcome = self.runtime.run(
-            None,
+            episode,
             self.iterations,
             flow=FlowWork(graph, Feed(datasets, draws, group_size=1)),
             batch_size=self.config.generation_batch_size,
             observer=observer,
-            interrupted=interrupted,
         )
         results: Results = {}
         for node, batches in outcome.results.items():

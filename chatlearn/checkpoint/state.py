@@ -36,6 +36,8 @@ class RunState:
     """Parameter syncs received, per module."""
     config_digest: str = ""
     """SHA-256 of the resolved configuration."""
+    files: dict[str, int] = field(default_factory=dict[str, int])
+    """The checkpoint's other files and their bytes, to notice that one is missing or cut off."""
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Return `iterations` as the scheduler keeps them."""

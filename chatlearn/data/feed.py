@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from chatlearn.columns import PROMPT_UID, UID
 from chatlearn.data.sampler import Draw
-from chatlearn.errors import DataError
-from chatlearn.flow.batching import Batch, collate, isolate, normalise
+from chatlearn.errors import ChatLearnError, DataError
+from chatlearn.flow.batching import Batch, collate, isolate, normalise, size
 
 
 class Dataset(Protocol):
@@ -54,14 +54,22 @@ class Feed:
         """Return samples `start` to `stop`, with their `uid` and `prompt_uid`."""
         draws = [self._draws[i // self._group_size] for i in range(start, stop)]
         rows = [self._row(i // self._group_size) for i in range(start, stop)]
-        collate_fn = getattr(self._datasets[draws[0].dataset], "collate_fn", None)
-        made = collate(rows) if collate_fn is None else collate_fn(rows)
-        batch = isolate(normalise(made, "collate_fn of the dataset"))
-        if any(len(column) != stop - start for column in batch.values()):
+        dataset = self._datasets[draws[0].dataset]
+        collate_fn = getattr(dataset, "collate_fn", None)
+        place = f"{type(dataset).__name__}.collate_fn"
+        made = collate(rows) if collate_fn is None else _guarded(place, collate_fn, rows)
+        batch = isolate(normalise(made, place))
+        if size(batch) not in (0, stop - start):
             raise DataError(
-                f"collate_fn made {len(next(iter(batch.values())))} samples of {stop - start} rows",
-                place=f"{type(self._datasets[draws[0].dataset]).__name__}.collate_fn",
+                f"collate_fn made {size(batch)} samples of {stop - start} rows",
+                place=place,
                 fix="return one entry per row in every column",
+            )
+        if taken := batch.keys() & {UID, PROMPT_UID}:
+            raise DataError(
+                f"the dataset has columns {sorted(taken)}, which the engine numbers samples with",
+                place=type(dataset).__name__,
+                fix="rename them",
             )
         batch[UID] = torch.tensor(self.uids[start:stop], dtype=torch.long)
         batch[PROMPT_UID] = torch.tensor(self.groups[start:stop], dtype=torch.long)
@@ -70,6 +78,21 @@ class Feed:
     def _row(self, prompt: int) -> Any:
         if prompt not in self._rows:
             draw = self._draws[prompt]
-            row = self._datasets[draw.dataset][draw.row]
-            self._rows[prompt] = cast("Any", row)
+            dataset = self._datasets[draw.dataset]
+            place = f"{type(dataset).__name__}, row {draw.row}"
+            self._rows[prompt] = _guarded(place, dataset.__getitem__, draw.row)
         return self._rows[prompt]
+
+
+def _guarded(place: str, function: Callable[..., Any], argument: Any) -> Any:
+    """Call a dataset's own code and tell where it failed."""
+    try:
+        return function(argument)
+    except ChatLearnError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the dataset failed: {type(error).__name__}: {error}",
+            place=place,
+            fix="see the traceback above for the line that raised",
+        ) from error

@@ -9,7 +9,7 @@ they are read, so that a malformed one is refused with file and line before anyt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -42,6 +42,11 @@ def load_prompts(source: Source, *, split: str = "train", what: str = "the datas
     """
     if isinstance(source, str | Path):
         rows = _load_path(Path(source), str(source), split)
+    elif isinstance(source, Mapping):
+        raise DataError(
+            f"{what} is a {type(source).__name__} with the keys {sorted(map(str, source))}, not rows",
+            fix='give one of its parts, e.g. dataset["train"], or a list of dicts',
+        )
     elif hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         rows = cast("Rows", source)
     else:

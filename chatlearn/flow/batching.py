@@ -160,8 +160,29 @@ def collate(rows: Sequence[Any]) -> Batch:
     return {key: stack([row[key] for row in rows]) for key in first}
 
 
+def is_number(value: Any) -> bool:
+    """Tell whether a value is one number: of Python, of numpy, or a tensor with a single element."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    if type(value).__module__ == "numpy":
+        return value.size == 1 and value.dtype.kind in "biuf"
+    return isinstance(value, bool | int | float)
+
+
+def numbers(given: Mapping[Any, Any]) -> dict[str, float]:
+    """Return the entries that are one number each, as floats."""
+    plain = {
+        str(name): value.detach() if isinstance(value, Tensor) else value
+        for name, value in given.items()
+        if is_number(value)
+    }
+    return {name: float(value) for name, value in plain.items()}
+
+
 def stack(values: list[Any]) -> Column:
     """Make a column of one value per sample: a tensor where the values are numbers or equal-shaped tensors."""
+    if type(values[0]).__module__ == "numpy":
+        values = [_from_numpy(value) for value in values]
     first = values[0]
     if isinstance(first, Tensor):
         tensors = all(isinstance(v, Tensor) and v.shape == first.shape for v in values)
@@ -174,6 +195,15 @@ def stack(values: list[Any]) -> Column:
     if float in kinds and kinds <= {float, int}:
         return torch.tensor(values, dtype=torch.float64)  # as torch's own collation does
     return values
+
+
+def _from_numpy(value: Any) -> Any:
+    """Return a numeric array as a tensor and a numpy scalar as Python's; anything else as it is."""
+    if type(value).__module__ != "numpy":
+        return value
+    if getattr(value, "ndim", 0) == 0:
+        return value.item()
+    return torch.tensor(value) if value.dtype.kind in "biuf" else value
 
 
 def pad(batch: Batch, padding: Padding) -> Batch:
@@ -189,14 +219,37 @@ def pad(batch: Batch, padding: Padding) -> Batch:
 
 
 def isolate(batch: Batch) -> Batch:
-    """Return a batch that shares nothing mutable with `batch`, so that a module may change what it gets."""
+    """Return a batch that shares nothing mutable with `batch`, so that a module may change what it gets.
+
+    Tensors, arrays and containers are copied at any depth; other objects are passed on as they are.
+    """
     return {
-        key: column.clone() if isinstance(column, Tensor) else [_copy(value) for value in column]
+        key: _copy_tensor(column) if isinstance(column, Tensor) else _copy_list(column)
         for key, column in batch.items()
     }
 
 
+_CONTAINERS = (dict, list, set, tuple)
+
+
+def _copy_list(values: list[Any]) -> list[Any]:
+    return [value if type(value) in (str, int, float) else _copy(value) for value in values]
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.clone()
-    return copy.deepcopy(value) if isinstance(value, dict | list | set) else value
+        return _copy_tensor(value)
+    if type(value) is list:
+        return _copy_list(cast("list[Any]", value))
+    if type(value) is dict:
+        return {key: _copy(part) for key, part in cast("dict[Any, Any]", value).items()}
+    if type(value) is tuple:
+        return tuple(_copy_list(cast("list[Any]", value)))
+    if isinstance(value, _CONTAINERS) or type(value).__module__ == "numpy":
+        return copy.deepcopy(cast("Any", value))
+    return value
+
+
+def _copy_tensor(tensor: Tensor) -> Tensor:
+    """Copy the data alone: no gradient flows from one module into another."""
+    return tensor.detach().clone() if tensor.requires_grad else tensor.clone()

@@ -7,6 +7,7 @@ iterating, indexing, arithmetic, conversion) raises a `FlowError` that names the
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Final, NoReturn
 
 from chatlearn.errors import FlowError, SymbolError
 
-_PACKAGE: Final = str(Path(__file__).resolve().parent.parent)
+_PACKAGE: Final = str(Path(__file__).resolve().parent.parent) + os.sep
 
 
 def user_place() -> str:
@@ -37,18 +38,20 @@ def raising_place(error: BaseException) -> str:
 
 
 def _is_ours(filename: str) -> bool:
-    return filename.startswith(_PACKAGE) or filename.startswith("<frozen")
+    return filename.startswith((_PACKAGE, "<frozen"))
 
 
 class Symbol:
     """Stand for the output of node `node` of the trace `trace` (or for the flow's own batch)."""
 
     __slots__ = ("label", "node", "trace")
+    trace: object
+    node: int
+    label: str
 
     def __init__(self, trace: object, node: int, label: str) -> None:
-        self.trace = trace
-        self.node = node
-        self.label = label
+        for name, value in (("trace", trace), ("node", node), ("label", label)):
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         return f"<symbolic {self.label}>"
@@ -63,12 +66,19 @@ class Symbol:
     def __format__(self, spec: str) -> str:
         return _refuse_format(self) if spec else repr(self)
 
+    def __copy__(self) -> Symbol:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Symbol:
+        return self
+
     # Identity only: comparing by value is one of the refusals below.
     __hash__ = object.__hash__
 
 
 _IN_A_MODULE = "do it inside a module's step method, where `data` is a real dict of columns"
-_ARITHMETIC = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "divmod", "mod", "pow", "matmul")
+_BITWISE = ("and", "or", "xor", "lshift", "rshift")
 
 _REFUSALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
@@ -81,6 +91,8 @@ _REFUSALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "loop over Python values; splitting a batch into samples is the engine's work",
         ("__iter__", "__next__", "__len__", "__reversed__"),
     ),
+    ("unpack", "pass the value itself; the engine merges several inputs into one dict", ("keys",)),
+    ("set an attribute of", _IN_A_MODULE, ("__setattr__", "__delattr__")),
     ("index", _IN_A_MODULE, ("__getitem__", "__setitem__", "__delitem__")),
     (
         "convert",
@@ -91,7 +103,7 @@ _REFUSALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "calculate with",
         _IN_A_MODULE,
         (
-            *(f"__{side}{name}__" for name in _ARITHMETIC for side in ("", "r", "i")),
+            *(f"__{side}{name}__" for name in (*_ARITHMETIC, *_BITWISE) for side in ("", "r", "i")),
             *("__neg__", "__pos__", "__abs__", "__invert__"),
         ),
     ),
@@ -106,7 +118,7 @@ _REFUSALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def _refusal(verb: str, fix: str) -> Callable[..., NoReturn]:
-    def refuse(self: Symbol, *args: Any, **kwargs: Any) -> NoReturn:
+    def refuse(self: Symbol, *_: Any, **__: Any) -> NoReturn:
         raise FlowError(
             f"cannot {verb} {self!r} while a flow is traced", place=user_place(), fix=fix
         )

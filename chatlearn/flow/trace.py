@@ -247,6 +247,19 @@ def _named_arguments(
             named.append(("", value))
         else:
             named.append((free.pop(0) if free else None, value))
+    unfilled = [
+        p.name
+        for p in parameters[1:]
+        if p.default is inspect.Parameter.empty
+        and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and p.name not in ("iteration", *kwargs, *(key for key, _ in named))
+    ]
+    if unfilled:
+        raise FlowError(
+            f"{module.name}.{method} has parameters that nothing fills: {', '.join(unfilled)}",
+            place=place,
+            fix=f"take one merged batch: def {method}(self, data); several inputs become one dict of columns",
+        )
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     known = {p.name for p in parameters[1:]}
     for key, value in kwargs.items():

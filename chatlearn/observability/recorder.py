@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -48,12 +48,12 @@ class Recorder:
 
     Args:
         config: of the run; `runtime.output_dir` names the folder, `runs/<script>` where it is not set.
-        wants_resume: whether the run may go on from what lies in the folder.
+        goes_on: tells of a folder whether the run goes on from what lies there; else that is moved aside.
     """
 
-    def __init__(self, config: Config, *, wants_resume: bool) -> None:
+    def __init__(self, config: Config, *, goes_on: Callable[[Path], bool]) -> None:
         self._config = config
-        self.folder = _open_folder(config.runtime.output_dir, wants_resume)
+        self.folder = _open_folder(config.runtime.output_dir, goes_on)
         self._stack = ExitStack()
         self._stack.callback(self.folder.close)
         self._progress: Progress | None = None
@@ -62,6 +62,7 @@ class Recorder:
         self._evaluation: dict[str, float] = {}
         self._speeds: dict[str, tuple[float, float]] = {}
         self._began = time.perf_counter()
+        self._unshown: dict[str, float] | None = None
         self._first_evaluation: dict[str, float] = {}
         self._last_evaluation: dict[str, float] = {}
 
@@ -171,8 +172,9 @@ class Recorder:
         self._evaluation = {f"eval/{name}": value for name, value in metrics.items()}
         self._last_evaluation = dict(metrics)
         self._first_evaluation = self._first_evaluation or dict(metrics)
-        if self._progress is not None:
-            self._progress.evaluation_done(metrics)
+        self._unshown = dict(metrics)
+        if episode == 0:
+            self._show_evaluation()
 
     def episode_done(
         self, episode: int, train_iteration: int, module_seconds: float
@@ -191,6 +193,7 @@ class Recorder:
         metrics = self._write_row(episode, train_iteration)
         if self._progress is not None:
             self._progress.episode_done(metrics)
+        self._show_evaluation()  # only now: the display counts the episode as done
         return metrics
 
     def note(self, text: str) -> None:
@@ -216,6 +219,11 @@ class Recorder:
                 tracker.log(episode, metrics)
         return metrics
 
+    def _show_evaluation(self) -> None:
+        if self._progress is not None and self._unshown is not None:
+            self._progress.evaluation_done(self._unshown)
+        self._unshown = None
+
     def _show(self, phase: str) -> None:
         if self._progress is not None:
             self._progress.phase(phase)
@@ -225,17 +233,18 @@ def _columns(batches: Sequence[Batch]) -> int:
     return len(batches[0]) if batches else 0
 
 
-def _open_folder(path: Path | None, wants_resume: bool) -> RunFolder:
+def _open_folder(path: Path | None, goes_on: Callable[[Path], bool]) -> RunFolder:
     """Open the folder that was asked for, or `runs/<script>`, or the first free one numbered after it."""
     if path is not None:
-        return RunFolder(path, resume=wants_resume)
-    script = Path(sys.argv[0] or "session")
+        return RunFolder(path, resume=goes_on(path))
+    called = sys.argv[0]
+    script = Path("session" if called in ("", "-c", "-m") else called)
     name = script.parent.name if script.stem == "__main__" else script.stem
     default = Path("runs") / (name or "session")
     for number in range(1, 100):
         candidate = default if number == 1 else default.with_name(f"{default.name}-{number}")
         try:
-            return RunFolder(candidate, resume=wants_resume)
+            return RunFolder(candidate, resume=goes_on(candidate))
         except OutputError as error:
             if "another run" not in error.cause:
                 raise

@@ -9,15 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
+from chatlearn.columns import UID
 from chatlearn.errors import BatchError, ConfigError, EngineError
-from chatlearn.flow.batching import Batch, isolate, join, merge, normalise, size, take
+from chatlearn.flow.batching import (
+    Batch,
+    isolate,
+    join,
+    merge,
+    normalise,
+    numbers,
+    size,
+    take,
+)
 from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.flow.steps import StepSource
-from chatlearn.module import BaseModule
-from chatlearn.runtime.protocol import Call, Command, Deliver, Finished, NodeSpec, Piece
+from chatlearn.module import BaseModule, resolved_config, state_of
+from chatlearn.runtime.protocol import Call, Command, Deliver, Finished, Piece, node_specs
 from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
 from chatlearn.runtime.store import SampleStore
-from chatlearn.runtime.worker import Result, Where, Worker
+from chatlearn.runtime.worker import EventLoop, Result, Where, Worker
 
 
 class Feed(Protocol):
@@ -86,47 +96,41 @@ class LocalRuntime:
     """
 
     def __init__(self, modules: Sequence[BaseModule]) -> None:
+        self._loop = EventLoop()
         shared: dict[str, Any] = {}
         self.workers: dict[str, list[Worker]] = {}
         for module in modules:
-            replicas = [module, *(_copy_of(module) for _ in range(1, module.config.num_replica))]
+            shared.update(state_of(module).shared)
+        for module in modules:
+            state_of(module).shared = shared
+            count = resolved_config(module).num_replica
+            replicas = [module, *(_copy_of(module) for _ in range(1, count))]
             for replica_id, replica in enumerate(replicas):
                 replica.replica_id = replica_id
-                replica.connect_shared(shared)
-            self.workers[module.name] = [Worker(replica) for replica in replicas]
+            self.workers[module.name] = [Worker(replica, self._loop) for replica in replicas]
 
-    def hook(self, name: str, *args: Any, modules: Sequence[str] | None = None) -> None:
-        """Call a hook on every replica of the modules (of all, if none are named)."""
-        for module in modules if modules is not None else self.workers:
-            for worker in self.workers[module]:
-                worker.hook(name, *args)
+    def set_up(self) -> None:
+        """Run `setup()` of every replica that is not set up yet."""
+        for workers in self.workers.values():
+            for worker in workers:
+                worker.set_up()
+
+    def hook(self, name: str, *args: Any, episode: int = 0) -> None:
+        """Call a hook on every replica of all modules."""
+        for workers in self.workers.values():
+            for worker in workers:
+                worker.hook(name, *args, where=Where(episode))
 
     def close(self) -> None:
         """Let go of the replicas; in one process nothing else is held."""
         for workers in self.workers.values():
-            workers[0].module.release()
+            workers[0].release()
         self.workers = {name: workers[:1] for name, workers in self.workers.items()}
-
-    def specs(self, graph: FlowGraph, default_batch_size: int | None) -> list[NodeSpec]:
-        """Describe a graph's nodes to the scheduler."""
-        return [
-            NodeSpec(
-                node.index,
-                node.name,
-                node.module.name,
-                node.method,
-                node.inputs,
-                node.after,
-                node.module.config.generation_batch_size or default_batch_size,
-                node.module.batch_by,
-                node.module.filters_samples,
-            )
-            for node in graph.nodes
-        ]
+        self._loop.close()
 
     def run(
         self,
-        episode: int | None,
+        episode: int,
         iterations: Iterations,
         *,
         flow: FlowWork | None = None,
@@ -153,7 +157,7 @@ class _Pass:
     def __init__(
         self,
         runtime: LocalRuntime,
-        episode: int | None,
+        episode: int,
         flow: FlowWork | None,
         trainer: TrainWork | None,
         observer: Observer | None,
@@ -166,7 +170,7 @@ class _Pass:
         self._observer = observer
         self._interrupted = interrupted
         self._outputs: dict[int, Batch] = {}
-        self._step_outputs: dict[int, list[Batch] | None] = {}
+        self._step_outputs: dict[int, list[Batch]] = {}
         self._outcome = Outcome()
         self._has_trained = False
 
@@ -176,18 +180,19 @@ class _Pass:
             {name: range(len(workers)) for name, workers in runtime.workers.items()},
             iterations,
             flow=(
-                runtime.specs(flow.graph, batch_size),
+                node_specs(flow.graph, batch_size),
                 flow.graph.outputs,
                 Samples(flow.feed.uids, flow.feed.groups),
             )
             if flow
             else None,
-            trainer=(runtime.specs(trainer.graph, None), trainer.source) if trainer else None,
+            trainer=(node_specs(trainer.graph), trainer.source) if trainer else None,
         )
         queue: list[tuple[tuple[int, ...], int, Call]] = []
         self._take(scheduler.start(), queue)
         if flow is None and trainer is not None and trainer.samples is not None:
             self._outcome.samples.append(trainer.samples)
+            self._outcome.uids = [int(uid) for uid in trainer.samples.get(UID, [])]
             self._take(scheduler.deliver(size(trainer.samples)), queue)
         while queue:
             call = heapq.heappop(queue)[2]
@@ -228,26 +233,29 @@ class _Pass:
         graph, spec = self._flow.graph, call.node
         node = graph.nodes[spec.index]
         data = isolate(self._join(call.inputs, spec.inputs, spec.name))
-        result = self._call(call, data, node.constants, len(call.uids))
+        result = self._call(call, data, node.constants)
         place = f"{spec.name}, {node.place}"
+        kept = None
         if result.value is None:
             self._refuse_missing(graph, spec.index, place)
-            return Finished(call.id, () if spec.filters else None)
-        output = normalise(result.value, place)
-        kept = None
-        if spec.filters:
-            kept = _kept(call, output, place)
-        elif output and size(output) != len(call.uids):
-            raise BatchError(
-                f"{spec.name} returned {size(output)} samples for {len(call.uids)}",
-                place=place,
-                fix="return one entry per sample, or declare `filters_samples = True` on the class",
-            )
-        self._outputs[call.id] = output
+            kept = () if spec.filters else None
+        else:
+            output = self._outputs[call.id] = normalise(result.value, place)
+            if spec.filters:
+                kept = _kept(call, output, place)
+            elif output and size(output) != len(call.uids):
+                raise BatchError(
+                    f"{spec.name} returned {size(output)} samples for {len(call.uids)}",
+                    place=place,
+                    fix="return one entry per sample, or declare `filters_samples = True` on the class",
+                )
+        more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
+        self._report(call, result, len(call.uids), more)
         return Finished(call.id, kept)
 
     def _train(self, call: Call) -> Finished:
-        assert self._trainer is not None and call.step is not None
+        assert self._trainer is not None
+        assert call.step is not None
         node = self._trainer.graph.nodes[call.node.index]
         per_input = [self._step_input(piece[0], call) for piece in call.inputs]
         names = [self._source_name(self._trainer.graph, source) for source in call.node.inputs]
@@ -256,43 +264,35 @@ class _Pass:
             for parts in zip(*per_input, strict=True)
         ]
         self._has_trained = True
+        result = self._call(call, data_list, node.constants)
+        if any(node.index in other.inputs for other in self._trainer.graph.nodes):
+            output = _step_output(result.value, len(data_list), f"{node.name}, {node.place}")
+            self._step_outputs[call.id] = output
         samples = sum(map(len, call.step.micro_batches))
-        result = self._call(call, data_list, node.constants, samples)
-        self._step_outputs[call.id] = _step_output(result.value, len(data_list), node.place)
-        if self._step_outputs[call.id] is None:
-            self._refuse_missing(self._trainer.graph, node.index, f"{node.name}, {node.place}")
+        self._report(call, result, samples, _returned_numbers(result.value))
         return Finished(call.id)
 
     def _step_input(self, piece: Piece, call: Call) -> list[Batch]:
         assert call.step is not None
         if piece.call == FEED:
             return [self._outcome.samples.gather(part) for part in call.step.micro_batches]
-        return cast("list[Batch]", self._step_outputs[piece.call])
+        return self._step_outputs[piece.call]
 
-    def _call(
-        self, call: Call, data: Batch | list[Batch], constants: Mapping[str, Any], samples: int
-    ) -> Result:
+    def _call(self, call: Call, data: Batch | list[Batch], constants: Mapping[str, Any]) -> Result:
         uids = call.uids
         if call.step is not None and self._outcome.uids:
             uids = [self._outcome.uids[i] for part in call.step.micro_batches for i in part]
         worker = self._runtime.workers[call.node.module][call.replica]
-        result = worker.step(
-            call.node.method, data, call.iteration, constants, Where(self._episode, uids)
-        )
+        where = Where(self._episode, uids)
+        result = worker.step(call.node.method, data, call.iteration, constants, where)
         self._outcome.module_seconds += result.seconds
-        metrics = {**result.metrics, **_returned_metrics(call, result.value)}
-        if self._observer is not None:
-            self._observer(
-                CallReport(
-                    call.node.module,
-                    call.node.method,
-                    samples,
-                    result.seconds,
-                    metrics,
-                    call.step is not None,
-                )
-            )
         return result
+
+    def _report(self, call: Call, result: Result, samples: int, more: Mapping[str, float]) -> None:
+        if self._observer is not None:
+            module, method, trains = call.node.module, call.node.method, call.step is not None
+            metrics = {**result.metrics, **more}
+            self._observer(CallReport(module, method, samples, result.seconds, metrics, trains))
 
     def _join(
         self, inputs: tuple[tuple[Piece, ...], ...], sources: Sequence[int], place: str
@@ -327,26 +327,22 @@ class _Pass:
             )
 
 
-def _returned_metrics(call: Call, value: Any) -> dict[str, float]:
+def _returned_numbers(value: Any) -> dict[str, float]:
     """A train step may return its numbers as a dict instead of calling `self.log`."""
-    if call.step is None or not isinstance(value, dict):
-        return {}
-    entries = cast("dict[Any, Any]", value).items()
-    return {str(k): float(v) for k, v in entries if isinstance(v, bool | int | float)}
+    return numbers(cast("dict[Any, Any]", value)) if isinstance(value, dict) else {}
 
 
-def _step_output(value: Any, micro_batches: int, place: str) -> list[Batch] | None:
-    """A trainer node's output: one batch per micro-batch, or nothing."""
-    if not isinstance(value, list):
-        return None
-    batches = [normalise(part, place) for part in cast("list[Any]", value)]
-    if len(batches) != micro_batches:
+def _step_output(value: Any, micro_batches: int, place: str) -> list[Batch]:
+    """A trainer node's output, for the node that takes it: one batch per micro-batch."""
+    parts = cast("list[Any]", value) if isinstance(value, list) else []
+    if len(parts) != micro_batches:
+        what = f"{len(parts)} micro-batches" if parts else type(value).__name__
         raise BatchError(
-            f"returned {len(batches)} micro-batches for {micro_batches}",
+            f"the step returned {what} for {micro_batches} micro-batches, but another node takes its output",
             place=place,
-            fix="return one dict per micro-batch of data_list, or nothing",
+            fix="return a list with one dict of columns per micro-batch of data_list",
         )
-    return batches
+    return [normalise(part, place) for part in parts]
 
 
 def _kept(call: Call, output: Batch, place: str) -> tuple[int, ...]:
@@ -364,8 +360,9 @@ def _kept(call: Call, output: Batch, place: str) -> tuple[int, ...]:
 
 
 def _copy_of(module: BaseModule) -> BaseModule:
+    shared = state_of(module).shared
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, {id(shared): shared})
     except Exception as error:
         raise ConfigError(
             f"module {module.name!r} cannot be copied for num_replica > 1: {error}",

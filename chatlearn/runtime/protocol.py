@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.steps import Step
-from chatlearn.module import BatchBy
+from chatlearn.module import BatchBy, resolved_config
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,24 @@ class NodeSpec:
     """Samples per call at most; None puts everything into one call."""
     batch_by: BatchBy = "sample"
     filters: bool = False
+
+
+def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec]:
+    """Describe a graph's nodes; `batch_size` is for modules that set none of their own."""
+    return [
+        NodeSpec(
+            index=node.index,
+            name=node.name,
+            module=node.module.name,
+            method=node.method,
+            inputs=node.inputs,
+            after=node.after,
+            batch_size=resolved_config(node.module).generation_batch_size or batch_size,
+            batch_by=node.module.batch_by,
+            filters=node.module.filters_samples,
+        )
+        for node in graph.nodes
+    ]
 
 
 @dataclass(frozen=True)

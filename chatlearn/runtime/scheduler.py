@@ -195,11 +195,11 @@ class Scheduler:
             yield Deliver(*new)
             if self._source is not None and self.training is not None:
                 self._enqueue(self.training.extend(self._source.extend(new[1] - new[0])))
-        if self._source is not None and self.training is not None and self.flow.complete:
-            if not self._source_closed:
-                self._source_closed = True
-                self._enqueue(self.training.extend(self._source.close()))
-                self.training.close()
+        ends = self.flow.complete and not self._source_closed
+        if ends and self._source is not None and self.training is not None:
+            self._source_closed = True
+            self._enqueue(self.training.extend(self._source.close()))
+            self.training.close()
 
     def _call(self, task: Task | StepTask, priority: tuple[int, ...], replicas: _Replicas) -> Call:
         if isinstance(task, Task):

@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from chatlearn.errors import ChatLearnError, ModuleError
-from chatlearn.flow.batching import Batch, Padding, pad
-from chatlearn.module import BaseModule
+from chatlearn.flow.batching import Batch, pad
+from chatlearn.module import BaseModule, state_of
 
 _SHOWN_UIDS = 16
 
@@ -21,7 +22,8 @@ _SHOWN_UIDS = 16
 class Where:
     """The context of a call, for errors."""
 
-    episode: int | None = None
+    episode: int = 0
+    """Number of the episode from 1; 0 before the first and outside runs."""
     uids: Sequence[int] = ()
 
 
@@ -34,11 +36,41 @@ class Result:
     seconds: float = 0.0
 
 
+class EventLoop:
+    """Run `async def` steps on one loop for a runtime's whole life, so that clients made in one call serve the next."""
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def wait_for(self, awaitable: Awaitable[Any]) -> Any:
+        """Run an awaitable to its end, inside a notebook's running loop too."""
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        work = _result_of(awaitable)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._runner.run(work)
+        with ThreadPoolExecutor(1) as beside:
+            return beside.submit(self._runner.run, work).result()
+
+    def close(self) -> None:
+        """Close the loop, if there was need of one."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+
+async def _result_of(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
 class Worker:
     """Call one replica's methods in this process."""
 
-    def __init__(self, module: BaseModule) -> None:
+    def __init__(self, module: BaseModule, loop: EventLoop) -> None:
         self.module = module
+        self._loop = loop
         self._takes_iteration: dict[str, bool] = {}
 
     def step(
@@ -50,7 +82,7 @@ class Worker:
         where: Where,
     ) -> Result:
         """Call a step method with `data` (and `iteration`, if its signature has it)."""
-        padding = cast("Padding", self.module.__dict__.get("_padding", {}))
+        padding = state_of(self.module).padding
         for batch in data if isinstance(data, list) else [data]:
             pad(batch, padding)
         if method not in self._takes_iteration:
@@ -59,26 +91,41 @@ class Worker:
         keywords = dict(constants)
         if self._takes_iteration[method]:
             keywords["iteration"] = iteration
-        return self._call(method, getattr(self.module, method), where, data, **keywords)
+        return self._call(method, getattr(self.module, method), where, (data,), keywords)
+
+    def set_up(self) -> None:
+        """Run `setup()`, unless it has run since the module was last released."""
+        state = state_of(self.module)
+        if not state.is_set_up:
+            self.hook("setup")
+            state.is_set_up = True
+
+    def release(self) -> None:
+        """Have the next engine set the module up anew."""
+        state_of(self.module).is_set_up = False
+        self.module.policy_version = 0
 
     def hook(self, name: str, *args: Any, where: Where | None = None, **kwargs: Any) -> Any:
         """Call a hook of the module (`setup`, `before_episode`, ...) and return its value."""
-        function = getattr(self.module, name)
-        shown = "setup" if name == "set_up_once" else name
-        return self._call(shown, function, where or Where(), *args, **kwargs).value
+        return self._call(name, getattr(self.module, name), where or Where(), args, kwargs).value
 
     def _call(
-        self, method: str, function: Callable[..., Any], where: Where, *args: Any, **kwargs: Any
+        self,
+        method: str,
+        function: Callable[..., Any],
+        where: Where,
+        args: Sequence[Any],
+        keywords: Mapping[str, Any],
     ) -> Result:
         start = time.perf_counter()
         try:
-            value = function(*args, **kwargs)
-            if inspect.iscoroutine(value):
-                value = asyncio.run(value)
+            value = function(*args, **keywords)
+            if inspect.isawaitable(value):
+                value = self._loop.wait_for(value)
         except Exception as error:
             raise self._error(method, error, where) from error
-        logged: list[dict[str, float]] = self.module.__dict__.get("_metrics", [])
-        metrics = {name: number for entry in logged for name, number in entry.items()}
+        logged = state_of(self.module).metrics
+        metrics = reduce_metrics(logged) if logged else {}
         logged.clear()
         return Result(value, metrics, time.perf_counter() - start)
 
@@ -92,9 +139,8 @@ class Worker:
             f"  module: {module.name} ({type(module).__name__})",
             f"  method: {method}",
             f"  replica: {module.replica_id}",
+            f"  episode: {where.episode or 'none yet'}",
         ]
-        if where.episode is not None:
-            lines.append(f"  episode: {where.episode}")
         if where.uids:
             lines.append(f"  samples: {describe_uids(where.uids)}")
         return ModuleError("\n".join(lines))
@@ -106,3 +152,22 @@ def describe_uids(uids: Sequence[int]) -> str:
     if len(uids) > _SHOWN_UIDS:
         shown += ["...", str(uids[-1])]
     return f"uid {', '.join(shown)} ({len(uids)} in all)" if len(uids) > 1 else f"uid {uids[0]}"
+
+
+def reduce_metrics(logged: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Make one number of what a call logged several times: `_tokens` summed, `_max`/`_min` extreme, else the mean."""
+    if len(logged) == 1:
+        return dict(logged[0])
+    series: dict[str, list[float]] = {}
+    for entry in logged:
+        for name, number in entry.items():
+            series.setdefault(name, []).append(number)
+    return {name: _reduced(name, numbers) for name, numbers in series.items()}
+
+
+def _reduced(name: str, numbers: Sequence[float]) -> float:
+    if name.endswith("_tokens"):
+        return sum(numbers)
+    if name.endswith("_max"):
+        return max(numbers)
+    return min(numbers) if name.endswith("_min") else sum(numbers) / len(numbers)

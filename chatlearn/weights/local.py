@@ -3,20 +3,23 @@
 
 Sharing means that a destination's parameters *are* the source's tensors. Nothing is moved then, but every train
 step is visible to the destination at once. That equals copying exactly if nobody looks at the destination between
-a train step and the next sync; the engine asks for sharing only then (see `may_share`).
+a train step and the next sync; the engine asks for sharing only then (see `may_share`). That a class changes its
+weights at no other time only its author knows, so both classes must say so: `shares_weights = True`.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from chatlearn.errors import SyncError
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, has_model
 from chatlearn.weights.plan import plan_sync
 
 
@@ -81,6 +84,9 @@ class ParameterSync:
         source = self._source.state_dict()
         total = 0
         for destination in self._destinations:
+            if self._shared and not _aliases(source, destination.state_dict()):
+                self._shared = self._share = False  # the source made new tensors: copy from now on
+                _own_storage(destination)
             if self._share and not self._shared:
                 self._shared = self._try_to_share(source, destination)
             if not self._shared:
@@ -102,13 +108,17 @@ class ParameterSync:
         own = destination.state_dict()
         if own:
             plan_sync(source, own, pair=self.pair)
-        with torch.no_grad():
-            destination.load_state_dict(source)
+        keeps = type(destination).load_state_dict is not BaseModule.load_state_dict
+        with torch.no_grad():  # a load_state_dict of the user's may keep what it is given
+            destination.load_state_dict(isolate_state(source) if keeps else source)
 
     def _try_to_share(self, source: Mapping[str, Tensor], destination: BaseModule) -> bool:
         """Point the destination's parameters at the source's storage, if both are plain modules alike in all."""
         plain = all(
-            type(m).state_dict is BaseModule.state_dict and m.model is not None
+            vars(type(m)).get("shares_weights", False)
+            and type(m).state_dict is BaseModule.state_dict
+            and type(m).load_state_dict is BaseModule.load_state_dict
+            and has_model(m)
             for m in (self._source, destination)
         )
         if not plain:
@@ -116,7 +126,8 @@ class ParameterSync:
         target = destination.state_dict()
         plan_sync(source, target, pair=self.pair)
         alike = all(
-            t.dtype == source[n].dtype and t.device == source[n].device for n, t in target.items()
+            isinstance(t, Tensor) and t.dtype == source[n].dtype and t.device == source[n].device
+            for n, t in target.items()
         )
         if not alike or destination.model is None:
             return False
@@ -125,8 +136,11 @@ class ParameterSync:
                 parameter.data = source[name]
         for name, buffer in destination.model.named_buffers():
             if name in source:
-                buffer.set_(source[name])  # pyright: ignore
-        return True
+                buffer.set_(source[name])  # pyright: ignore[reportArgumentType]
+        if _aliases(source, destination.state_dict()):
+            return True
+        _own_storage(destination)  # e.g. tied on one side only
+        return False
 
     def _verify(self, source: Mapping[str, Tensor], destination: BaseModule) -> int:
         arrived = destination.state_dict()
@@ -134,9 +148,10 @@ class ParameterSync:
         for name, tensor in arrived.items():
             sent = source.get(name)
             if not isinstance(tensor, Tensor) or not isinstance(sent, Tensor):
-                continue  # overridden state_dicts may carry plain values
-            if self._shared and tensor.data_ptr() == sent.data_ptr():
+                _verify_plain(name, sent, tensor, self.pair)
                 continue
+            if self._shared:
+                continue  # the very same storage: `run` has looked
             if not torch.equal(tensor, sent.to(tensor)):
                 raise SyncError(
                     f"tensor {name!r} differs after the sync",
@@ -151,3 +166,39 @@ def _receives(module: BaseModule) -> bool:
     """Tell whether a module can take parameters: it has some, or its own way of loading them."""
     overridden = type(module).load_state_dict is not BaseModule.load_state_dict
     return overridden or bool(module.state_dict())
+
+
+def isolate_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state that shares nothing with `state`."""
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for name, value in state.items()
+    }
+
+
+def _verify_plain(name: str, sent: object, arrived: object, pair: str) -> None:
+    """Compare plain values of overridden state dicts, as far as they can be compared."""
+    comparable = isinstance(sent, bool | int | float | str | type(None))
+    if type(sent) is not type(arrived) or (comparable and sent != arrived):
+        raise SyncError(
+            f"{name!r} is {arrived!r} after the sync, not {sent!r}",
+            place=pair,
+            fix="have load_state_dict() take over every value it is given",
+        )
+
+
+def _aliases(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> bool:
+    """Tell whether every tensor of the destination is the source's."""
+    return destination.keys() == source.keys() and all(
+        tensor.data_ptr() == source[name].data_ptr() and tensor.shape == source[name].shape
+        for name, tensor in destination.items()
+    )
+
+
+def _own_storage(module: BaseModule) -> None:
+    """Give a module that shared another's storage its own again."""
+    if has_model(module):
+        for parameter in module.model.parameters():
+            parameter.data = parameter.data.clone()
+        for buffer in module.model.buffers():
+            buffer.set_(buffer.clone())  # pyright: ignore[reportArgumentType]

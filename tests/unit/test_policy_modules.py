@@ -8,6 +8,7 @@ import torch
 
 from chatlearn.errors import BatchError, ConfigError, DataError
 from chatlearn.models import PolicyInference, PolicyReference
+from chatlearn.module import state_of
 from chatlearn.rollout.prompts import PromptEncoder
 from chatlearn.testing import tiny_model, tiny_pair, tiny_tokenizer
 
@@ -118,7 +119,7 @@ def test_a_prompt_longer_than_the_limit_is_refused_before_generation() -> None:
 def test_reported_metrics_count_what_was_generated() -> None:
     module = policy()
     data = module.forward_step(batch())
-    (metrics,) = module._metrics
+    (metrics,) = state_of(module).metrics
     assert metrics["generated_tokens"] == sum(map(len, ids(data)))
     assert metrics["response_length"] == metrics["generated_tokens"] / 4
     assert metrics["prompt_length"] == 14 / 4
