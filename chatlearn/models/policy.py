@@ -34,6 +34,8 @@ class PolicyInference(BaseModule):
         >>> policy = PolicyInference("policy", model="Qwen/Qwen3-0.6B", max_new_tokens=128)
     """
 
+    shares_weights = True  # never changes its weights
+
     class Config(ModuleConfig):
         """Fields of `models.<name>`, those set most often first."""
 

@@ -41,6 +41,8 @@ class PolicyTrainer(BaseModule):
         >>> learner = PolicyTrainer("policy_trainer", model="Qwen/Qwen3-0.6B", lr=2e-6, clip_high=0.28)
     """
 
+    shares_weights = True  # changes its weights in `train_step` only
+
     class Config(ModuleConfig):
         """Fields of `models.<name>`, those set most often first."""
 
