@@ -204,7 +204,7 @@ def _make(
 
 
 def _text(source: Any) -> str:
-    return str(os.fspath(source))
+    return str(source)  # not str(Path(...)), which would drop a leading "./"
 
 
 def _is_factory(source: Any) -> bool:
