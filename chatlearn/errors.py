@@ -62,6 +62,10 @@ class RewardError(ChatLearnError):
     """A reward function gave no usable reward."""
 
 
+class NonFiniteError(ChatLearnError):
+    """A loss or a gradient is NaN or infinite."""
+
+
 class SyncError(ChatLearnError):
     """Parameters did not, or could not, travel from a trainer to an inference module."""
 

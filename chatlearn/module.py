@@ -100,6 +100,9 @@ class BaseModule:
     policy_version: int = 0
     """Parameter syncs received; counted by the engine."""
 
+    progress: Callable[[int], None] | None = None
+    """Set by the engine: a step that takes long may call it with the tokens it has just produced."""
+
     def __init__(self, name: str, **settings: Any) -> None:
         """Name the module; `settings` are fields of `Config`, overruled by `models.<name>` of the configuration."""
         if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]

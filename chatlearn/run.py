@@ -101,6 +101,10 @@ class Run:
         self._syncs = self._parameter_syncs()
         if self._resume_from is not None:
             self._resume(self._resume_from)
+        for workers in self.stage.runtime.workers.values():
+            for worker in workers:
+                worker.module.progress = self._recorder.tick
+        self._recorder.begin()
 
     def __exit__(
         self,

@@ -12,7 +12,7 @@ from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError
 from chatlearn.module import BaseModule
-from chatlearn.rollout.base import Completion, Progress, PromptRequest, SamplingParams
+from chatlearn.rollout.base import Completion, PromptRequest, SamplingParams
 from chatlearn.training.loading import Device, DType, check_source, load, resolve_device
 
 if TYPE_CHECKING:
@@ -82,9 +82,6 @@ class PolicyInference(BaseModule):
         seed: int | None = None
         """Seed of sampling, and of the weights of a model made from a dict; None takes
         `runtime.seed`."""
-
-    progress: Progress | None = None
-    """Called after each decoding step with the number of tokens it added; for a live display."""
 
     def check_config(self) -> list[ChatLearnError]:
         """Return what is wrong with the model's and the tokenizer's source."""

@@ -217,6 +217,9 @@ class PolicyTrainer(BaseModule):
         model: Any = self.model
         if model is None:
             return False
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it would run through the engine's own display
         model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)

@@ -73,15 +73,13 @@ class FunctionReward(BaseModule):
             BatchError: there is no `completion` column.
             RewardError: a function failed or did not return one finite number per sample.
         """
-        return self._score(data, prefix="")
+        return self._score(data)
 
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Do what `forward_step` does; the means are logged under `eval/`, apart from
-        training's.
-        """
-        return self._score(data, prefix="eval/")
+        """Do what `forward_step` does."""
+        return self._score(data)
 
-    def _score(self, data: dict[str, Any], prefix: str) -> dict[str, Any]:
+    def _score(self, data: dict[str, Any]) -> dict[str, Any]:
         import torch
 
         if columns.COMPLETION not in data:
@@ -100,7 +98,7 @@ class FunctionReward(BaseModule):
             scores[f"{columns.REWARDS}/{scorer.name}"] = values
         scores[columns.REWARDS] = total
         if samples:
-            self.log({f"{prefix}{name}": float(values.mean()) for name, values in scores.items()})
+            self.log({name: float(values.mean()) for name, values in scores.items()})
         data.update({name: values.float() for name, values in scores.items()})
         return data
 

@@ -94,7 +94,8 @@ class Progress:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._phase = ""
-        self._phase_samples = 0
+        self._phase_samples = self._phase_tokens = 0
+        self._phase_began = 0.0
         self._now = Headline()
         self._first_accuracy: float | None = None
         self._accuracy: float | None = None
@@ -107,8 +108,7 @@ class Progress:
     # ---- what the engine calls -----------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._last_done = self._last_line = self._clock()
-        self._start()
+        self._last_line = self._clock()
         return self
 
     def __exit__(
@@ -121,10 +121,25 @@ class Progress:
         self._finish()
 
     @_never_disturb
+    def begin(self) -> None:
+        """Start the clock of the first episode and, on a terminal, the live display.
+
+        Apart from `__enter__`, because setting modules up may show progress bars of its own.
+        """
+        self._last_done = self._clock()
+        self._start()
+
+    @_never_disturb
     def phase(self, name: str) -> None:
         """Say what the run does now: generating, scoring, training, syncing, evaluating, saving."""
         self._phase = name
-        self._phase_samples = 0
+        self._phase_samples = self._phase_tokens = 0
+        self._phase_began = self._clock()
+
+    @_never_disturb
+    def tick(self, tokens: int) -> None:
+        """Take note of tokens that a call under way has produced."""
+        self._phase_tokens += tokens
 
     @_never_disturb
     def advance(self, call: Call) -> None:
@@ -154,8 +169,8 @@ class Progress:
             self._pending = self._line()
 
     @_never_disturb
-    def evaluation_done(self, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of an evaluation."""
+    def evaluation_done(self, metrics: Mapping[str, float], episode: int | None = None) -> None:
+        """Take the metrics of an evaluation after `episode` episodes (None: those done so far)."""
         key = find_key(metrics, ACCURACY) or find_key(metrics, REWARD)
         if key is not None:
             self._accuracy = metrics[key]
@@ -163,7 +178,8 @@ class Progress:
                 self._first_accuracy = self._accuracy
         names = sorted(metrics, key=lambda name: name != key)[:4]
         shown = "  ".join(f"{_short(name)} {number(metrics[name])}" for name in names)
-        when = f"after episode {self._episode}" if self._episode else "before training"
+        done = self._episode if episode is None else episode
+        when = f"after episode {done}" if done else "before training"
         self._show_pending()
         self._write(f"evaluation {when}  {shown or '(no numbers)'}")
 
@@ -277,6 +293,11 @@ class Progress:
         title = Text.assemble("episode ", (f"{self._episode}/{self._total}", "bold"))
         head.add_row(title, bar, Text("  ".join(self._timing()), style="dim"))
         doing = Text(self._phase or "starting", style="cyan")
+        if self._phase_tokens:
+            speed = self._phase_tokens / max(self._clock() - self._phase_began, 1e-3)
+            doing.append(
+                f"  {quantity(self._phase_tokens)} tokens, {quantity(speed)} tok/s", style="dim"
+            )
         if self._phase_samples:
             doing.append(f"  {self._phase_samples} samples", style="dim")
         facts = Text("  ".join(self._numbers()))

@@ -98,6 +98,16 @@ class Recorder:
         if self.folder.moved_to is not None:
             self.note(f"an earlier run was moved to {self.folder.moved_to}")
 
+    def begin(self) -> None:
+        """Begin to show progress; modules are set up now."""
+        if self._progress is not None:
+            self._progress.begin()
+
+    def tick(self, tokens: int) -> None:
+        """Take note of tokens that a call under way has produced."""
+        if self._progress is not None:
+            self._progress.tick(tokens)
+
     def finish(self, episodes: int, seconds: float, *, complete: bool) -> None:
         """Write the summary and the report."""
         summary = {

@@ -16,14 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from chatlearn.errors import ChatLearnError
+from chatlearn.errors import NonFiniteError
 
 Schedule = Literal["constant", "linear", "cosine"]
 NonFinite = Literal["error", "skip"]
-
-
-class NonFiniteError(ChatLearnError):
-    """A training step produced a number that is not finite, so its update was not applied."""
 
 
 def lr_factor(

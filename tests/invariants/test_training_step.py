@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from chatlearn.errors import NonFiniteError
 from chatlearn.testing import tiny_model
-from chatlearn.training.optimiser import NonFiniteError, Optimiser
+from chatlearn.training.optimiser import Optimiser
 from chatlearn.training.samples import TrainSamples
 from chatlearn.training.step import StepSettings, accumulate, train_step
 

@@ -133,6 +133,7 @@ class Broken(io.StringIO):
 @pytest.mark.parametrize("live", [False, True])
 def test_a_broken_pipe_ends_the_display_only(live):
     with Progress(3, stream=Broken(), live=live) as progress:
+        progress.begin()
         for _ in range(3):
             progress.episode_done(METRICS)
             progress.note("x")
@@ -145,9 +146,11 @@ def test_a_closed_stream_and_a_narrow_encoding():
     stream = io.StringIO()
     stream.close()
     with Progress(1, stream=stream) as progress:
+        progress.begin()
         progress.episode_done({})
     ascii_stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with Progress(1, stream=ascii_stream) as progress:
+        progress.begin()
         progress.note("épisode →")
     assert not progress.is_off
 
@@ -155,6 +158,7 @@ def test_a_closed_stream_and_a_narrow_encoding():
 def test_calls_are_cheap():
     for live in (False, True):
         with Progress(10**6, stream=io.StringIO(), live=live) as progress:
+            progress.begin()
             call, n = Call(), 2000
             progress.episode_done(METRICS)
             start = time.perf_counter()
@@ -169,7 +173,7 @@ def test_calls_are_cheap():
 def test_without_a_terminal_rich_is_not_imported():
     code = (
         "import sys; from chatlearn.observability.progress import Progress\n"
-        "with Progress(1) as p: p.episode_done({})\n"
+        "with Progress(1) as p: p.begin(), p.episode_done({})\n"
         "assert 'rich' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -179,6 +183,7 @@ SCRIPT = """
 import sys, time
 from chatlearn.observability.progress import Progress
 with Progress(50) as progress:
+    progress.begin()
     progress.note("a note")
     progress.evaluation_done({"accuracy": 0.25})
     for i in range(50):

@@ -97,7 +97,7 @@ def test_functions_and_weights_by_name():
     module = FunctionReward("reward", {"a": exact, "b": brief}, weights={"b": 0.0, "a": 2.0})
     data = module.eval_step(batch())
     assert data["rewards"].tolist() == [2.0, 0.0, 2.0]
-    assert set(state_of(module).metrics[0]) == {"eval/rewards", "eval/rewards/a", "eval/rewards/b"}
+    assert set(state_of(module).metrics[0]) == {"rewards", "rewards/a", "rewards/b"}
 
 
 def test_sorting_in_place_does_not_reorder_the_batch():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from chatlearn.training.optimiser import NonFiniteError, Optimiser, lr_factor
+from chatlearn.errors import NonFiniteError
+from chatlearn.training.optimiser import Optimiser, lr_factor
 
 
 def make(seed=0, **options):
