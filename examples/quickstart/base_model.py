@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from tasks import Problem, teach
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -69,7 +68,9 @@ def warm_start(problems: Sequence[Problem], seed: int, steps: int = STEPS) -> tu
         texts = [(p["prompt"], teach(p, worked_share, rng)) for p in chosen]
         ids, labels = _padded(tokenizer, texts)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
