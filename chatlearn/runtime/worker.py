@@ -60,6 +60,10 @@ class EventLoop:
             self._runner.close()
             self._runner = None
 
+    def __del__(self) -> None:
+        if self._runner is not None:  # of an engine that was never stopped; another loop may be running
+            self._runner.get_loop().close()
+
 
 async def _result_of(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
