@@ -90,6 +90,8 @@ class FlowRun:
         """Return the tasks that need nothing but the feed."""
         for node in self.nodes:
             self._plan(node)
+            if node.spec.filters and node.complete:
+                self._grown(node)  # of no samples at all
         yield from self._startable()
 
     def finish(self, task: Task, call: int, kept: tuple[int, ...] | None) -> Iterator[Task]:
