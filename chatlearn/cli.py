@@ -321,9 +321,7 @@ def _print_values(modules: Sequence[BaseModule]) -> None:
     _console().print(table)
 
 
-def _draw(
-    name: str, graph: FlowGraph, graphs: Mapping[str, FlowGraph], folder: Path
-) -> list[Path]:
+def _draw(name: str, graph: FlowGraph, graphs: Mapping[str, FlowGraph], folder: Path) -> list[Path]:
     """Print a flow and write its two files."""
     from chatlearn.errors import OutputError
     from chatlearn.flow.draw import sink_of, to_mermaid, to_svg, to_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from chatlearn.config import active
 from chatlearn.data.prompts import Rows, Source, load_prompts
@@ -154,7 +154,8 @@ class Evaluator(Executor):
         self.metrics = measured.summary()
         if self.post_process is not None:
             returned = self.post_process(results, info)
-            self.metrics.update(numbers(returned) if isinstance(returned, Mapping) else {})
+            if isinstance(returned, Mapping):
+                self.metrics.update(numbers(cast("Mapping[Any, Any]", returned)))
         return results
 
     def check(self) -> Program:

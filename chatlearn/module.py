@@ -21,7 +21,7 @@ from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import ChatLearnError, ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 BatchBy = Literal["sample", "group", "episode"]
 
@@ -165,11 +165,11 @@ class BaseModule:
     def offload(self) -> None:
         """Take weights and state off the device."""
 
-    def state_dict(self) -> Mapping[str, Tensor]:
+    def state_dict(self) -> Mapping[str, Any]:
         """Return the named tensors that parameter sync and checkpoints carry (of `self.model`, if there is one)."""
         return self.model.state_dict() if has_model(self) else {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over named tensors, in place."""
         if has_model(self):
             self.model.load_state_dict(state)

@@ -92,8 +92,7 @@ class Run:
             done=done,
             resumed=self._resume_from is not None,
         )
-        if self.program.config.provenance("runtime.seed") != "default":
-            checkpoints.seed_all(self.config.seed)
+        checkpoints.seed_all(self.config.seed)  # initial weights, and whatever modules draw
         with self._recorder.phase("setup"):
             self.stage.set_up()
         self._sampler, self._datasets = self._sampler_over_datasets()

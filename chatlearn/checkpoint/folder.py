@@ -131,12 +131,12 @@ def _clear(root: Path) -> None:
 
 
 def _save_module(folder: Path, module: BaseModule, with_weights: bool) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-    state = module.state_dict() if with_weights else {}
+    state: Mapping[str, Any] = module.state_dict() if with_weights else {}
     weights = _unshared({k: v for k, v in state.items() if isinstance(v, Tensor)})
     plain = {name: value for name, value in state.items() if name not in weights}
-    training = {"training": module.training_state(), "plain": plain}
+    training: dict[str, Any] = {"training": module.training_state(), "plain": plain}
     _refuse_unloadable(training, module)
     if weights or any(training.values()):
         folder.mkdir(parents=True)
@@ -163,15 +163,17 @@ def _refuse_unloadable(value: Any, module: BaseModule, path: str = "") -> None:
 
 
 def _load_module(folder: Path, module: BaseModule, required: bool) -> None:
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     weights = folder / "weights.safetensors"
     try:
         other: dict[str, Any] = {}
         if (folder / "training.pt").exists():
             other = _read(folder / "training.pt", _load_tensors)
-        state = {
-            **(_read(weights, load_file) if weights.exists() else {}),
+        state: dict[str, Any] = {
+            **(
+                _read(weights, cast("Callable[[Path], Any]", load_file)) if weights.exists() else {}
+            ),
             **other.get("plain", {}),
         }
         if state:
@@ -221,7 +223,8 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def rng_states() -> RngStates:
     """Return the states of torch's, Python's and numpy's generators."""
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = legacy
     states: RngStates = {
         "torch": torch.get_rng_state(),
         "python": (version, list(numbers), gauss),

@@ -43,8 +43,10 @@ def load_prompts(source: Source, *, split: str = "train", what: str = "the datas
     if isinstance(source, str | Path):
         rows = _load_path(Path(source), str(source), split)
     elif isinstance(source, Mapping):
+        keys = sorted(map(str, cast("Mapping[Any, Any]", source)))
+        kind = type(cast("object", source)).__name__
         raise DataError(
-            f"{what} is a {type(source).__name__} with the keys {sorted(map(str, source))}, not rows",
+            f"{what} is a {kind} with the keys {keys}, not rows",
             fix='give one of its parts, e.g. dataset["train"], or a list of dicts',
         )
     elif hasattr(source, "__len__") and hasattr(source, "__getitem__"):
@@ -102,13 +104,14 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as parquet  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet as parquet
 
     try:
-        table: Any = parquet.read_table(path)  # pyright: ignore[reportUnknownMemberType]
+        table = cast("Any", parquet).read_table(path)
+        rows: list[dict[str, Any]] = table.to_pylist()
     except Exception as error:
         raise DataError(f"no readable Parquet file: {error}", place=str(path)) from error
-    for number, row in enumerate(table.to_pylist()):
+    for number, row in enumerate(rows):
         _check_row(row, None, f"{path}, row {number}")
         yield row
 

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +56,11 @@ def _column(key: str, value: Any, place: str) -> Column:
         return cast("list[Any]", value)
     if isinstance(value, tuple):
         return list(cast("tuple[Any, ...]", value))
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", 0) > 0:
-        return torch.as_tensor(value) if value.dtype.kind in "biuf" else list(value)
+    if isinstance(value, np.ndarray) and value.ndim > 0:
+        array = cast("np.ndarray[Any, np.dtype[Any]]", value)
+        return torch.as_tensor(array) if array.dtype.kind in "biuf" else list(array)
     raise BatchError(
-        f"column {key!r} is a {type(value).__name__}, which is no column",
+        f"column {key!r} is a {type(cast('object', value)).__name__}, which is no column",
         place=place,
         fix="a column is a tensor with the batch as its first dimension, or a list; "
         "share single values with module.put(key, value)",
@@ -155,8 +157,11 @@ def collate(rows: Sequence[Any]) -> Batch:
                 f"a dataset's sample must be a dict, not {type(row).__name__}",
                 fix="return a dict from __getitem__, or give the dataset a collate_fn",
             )
-        if cast("dict[str, Any]", row).keys() != first.keys():
-            raise BatchError(f"samples have different columns: {sorted(first)} and {sorted(row)}")
+        columns = cast("dict[str, Any]", row)
+        if columns.keys() != first.keys():
+            raise BatchError(
+                f"samples have different columns: {sorted(first)} and {sorted(columns)}"
+            )
     return {key: stack([row[key] for row in rows]) for key in first}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ def trace(flow: Flow, name: str | None = None) -> FlowGraph:
         FlowError: the function is no flow (calls no module, returns something that is no node, takes other
             arguments than one batch), or uses symbolic values in a way that needs data.
     """
-    name = name or getattr(flow, "__name__", type(flow).__name__)
+    name = name or str(getattr(flow, "__name__", type(flow).__name__))
     _check_signature(flow, name)
     tracing = _Trace(name)
     token = ACTIVE_TRACER.set(tracing)
@@ -105,9 +106,8 @@ class ControlDependencies:
 
     def nodes(self, trace: _Trace) -> list[int]:
         """Return the nodes waited for; a list is read at the end of the trace, with what was added by then."""
-        values = self._values if isinstance(self._values, list | tuple) else [self._values]
         found: list[int] = []
-        for value in cast("Sequence[Any]", values):
+        for value in _listed(self._values):
             if not isinstance(value, Symbol) or value.trace is not trace:
                 raise FlowError(
                     f"ControlDependencies got {value!r}, which is no output of a node of this flow",
@@ -192,9 +192,7 @@ class _Trace:
                 fix="call a BaseModule's step method with the batch, e.g. policy.forward_step(batch)",
             )
         nodes = [
-            Node(
-                **{**vars(node), "after": tuple(sorted({i for c in waits for i in c.nodes(self)}))}
-            )
+            replace(node, after=tuple(sorted({i for c in waits for i in c.nodes(self)})))
             for node, waits in zip(self._nodes, self._waits, strict=True)
         ]
         _refuse_cycles(nodes)
@@ -203,8 +201,8 @@ class _Trace:
     def _outputs(self, returned: Any, place: str) -> tuple[int, ...]:
         if returned is None:
             return ()
-        values = returned if isinstance(returned, tuple | list) else [returned]
-        for value in cast("Sequence[Any]", values):
+        values = _listed(returned)
+        for value in values:
             if not isinstance(value, Symbol) or value.trace is not self or value.node == FEED:
                 what = "its own batch" if isinstance(value, Symbol) else repr(value)
                 raise FlowError(
@@ -213,6 +211,10 @@ class _Trace:
                     fix="return what modules' step methods returned: `return a`, `return a, b` or nothing",
                 )
         return tuple(dict.fromkeys(value.node for value in values))
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return cast("Sequence[Any]", value) if isinstance(value, list | tuple) else [value]
 
 
 def _holds_symbol(value: Any) -> bool:

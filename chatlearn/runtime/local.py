@@ -33,8 +33,10 @@ from chatlearn.runtime.worker import EventLoop, Result, Where, Worker
 class Feed(Protocol):
     """The samples that enter a flow."""
 
-    uids: Sequence[int]
-    groups: Sequence[int]
+    @property
+    def uids(self) -> Sequence[int]: ...
+    @property
+    def groups(self) -> Sequence[int]: ...
 
     def batch(self, start: int, stop: int) -> Batch:
         """Return samples `start` to `stop`."""
@@ -336,7 +338,8 @@ def _step_output(value: Any, micro_batches: int, place: str) -> list[Batch]:
     """A trainer node's output, for the node that takes it: one batch per micro-batch."""
     parts = cast("list[Any]", value) if isinstance(value, list) else []
     if len(parts) != micro_batches:
-        what = f"{len(parts)} micro-batches" if parts else type(value).__name__
+        kind = type(cast("object", value)).__name__
+        what = f"{len(parts)} micro-batches" if parts else kind
         raise BatchError(
             f"the step returned {what} for {micro_batches} micro-batches, but another node takes its output",
             place=place,

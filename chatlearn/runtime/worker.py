@@ -61,7 +61,9 @@ class EventLoop:
             self._runner = None
 
     def __del__(self) -> None:
-        if self._runner is not None:  # of an engine that was never stopped; another loop may be running
+        if (
+            self._runner is not None
+        ):  # of an engine that was never stopped; another loop may be running
             self._runner.get_loop().close()
 
 

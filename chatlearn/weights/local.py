@@ -97,7 +97,7 @@ class ParameterSync:
             self.pair, len(source), total, time.perf_counter() - start, shared=self._shared
         )
 
-    def _copy(self, source: Mapping[str, Tensor], destination: BaseModule) -> None:
+    def _copy(self, source: Mapping[str, Any], destination: BaseModule) -> None:
         if bool(source) != _receives(destination):
             empty = destination if source else self._source
             raise SyncError(
@@ -112,7 +112,7 @@ class ParameterSync:
         with torch.no_grad():  # a load_state_dict of the user's may keep what it is given
             destination.load_state_dict(isolate_state(source) if keeps else source)
 
-    def _try_to_share(self, source: Mapping[str, Tensor], destination: BaseModule) -> bool:
+    def _try_to_share(self, source: Mapping[str, Any], destination: BaseModule) -> bool:
         """Point the destination's parameters at the source's storage, if both are plain modules alike in all."""
         plain = all(
             vars(type(m)).get("shares_weights", False)
@@ -142,7 +142,7 @@ class ParameterSync:
         _own_storage(destination)  # e.g. tied on one side only
         return False
 
-    def _verify(self, source: Mapping[str, Tensor], destination: BaseModule) -> int:
+    def _verify(self, source: Mapping[str, Any], destination: BaseModule) -> int:
         arrived = destination.state_dict()
         moved = 0
         for name, tensor in arrived.items():
@@ -187,7 +187,7 @@ def _verify_plain(name: str, sent: object, arrived: object, pair: str) -> None:
         )
 
 
-def _aliases(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> bool:
+def _aliases(source: Mapping[str, Any], destination: Mapping[str, Any]) -> bool:
     """Tell whether every tensor of the destination is the source's."""
     return destination.keys() == source.keys() and all(
         tensor.data_ptr() == source[name].data_ptr() and tensor.shape == source[name].shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,9 +22,7 @@ class SyncPlan:
     bytes: int
 
 
-def plan_sync(
-    source: Mapping[str, Tensor], destination: Mapping[str, Tensor], *, pair: str
-) -> SyncPlan:
+def plan_sync(source: Mapping[str, Any], destination: Mapping[str, Any], *, pair: str) -> SyncPlan:
     """Match the tensors of a source with those of a destination.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 
 from chatlearn import BaseModule
 
-CUSTOM_FLOW = '''
+CUSTOM_FLOW = """
 policy = PolicyInference("policy")
 value = ValueInference("value")
 reference = PolicyReference("reference")
@@ -21,9 +21,9 @@ def env_flow(batch):
     value_out = value.forward_step(policy_out)
     reward_out = reward.forward_step(policy_out, ref_out, value_out)
     return reward_out
-'''
+"""
 
-CUSTOM_ENGINE = '''
+CUSTOM_ENGINE = """
 from chatlearn import Engine, Environment, Trainer
 from chatlearn import BaseModule
 class CustomEngine(Engine):
@@ -38,17 +38,17 @@ class CustomEngine(Engine):
         env = Environment(env_flow)
         trainer = Trainer(trainer_flow)
         super().__init__(env, trainer)
-'''
+"""
 
-CUSTOM_ENGINE_CALL = '''
+CUSTOM_ENGINE_CALL = """
 reference = PolicyReference("reference")
 ppo_policy = PolicyTrainer("policy_trainer")
 engine = CustomEngine(reference, ppo_policy) \\
          .set_dataset(train_prompts)
 engine.learn()
-'''
+"""
 
-CUSTOM_ENGINE_EVALUATED = '''
+CUSTOM_ENGINE_EVALUATED = """
 reference = PolicyReference("reference")
 ppo_policy = PolicyTrainer("policy_trainer")
 def eval_flow(batch):
@@ -59,9 +59,9 @@ engine = CustomEngine(reference, ppo_policy) \\
          .set_evaluator(evaluator) \\
          .set_dataset(train_prompts)
 engine.learn()
-'''
+"""
 
-ENGINE_DIRECTLY = '''
+ENGINE_DIRECTLY = """
 policy = PolicyInference("policy")
 value = ValueInference("value")
 reference = PolicyReference("reference")
@@ -89,7 +89,7 @@ engine = Engine(env, trainer, evaluator) \\
          .set_parameter_sync(ppo_value, value) \\
          .set_dataset(train_prompts)
 engine.learn()
-'''
+"""
 
 
 class Recording(BaseModule):
@@ -139,7 +139,9 @@ IMPORTS = "from chatlearn import Engine, Environment, Trainer, Evaluator\n"
 
 def test_custom_flow(names: dict[str, Any]) -> None:
     scope = run(names, CUSTOM_FLOW)
-    run(scope, IMPORTS + "result = Engine(Environment(env_flow)).set_dataset(train_prompts).learn()")
+    run(
+        scope, IMPORTS + "result = Engine(Environment(env_flow)).set_dataset(train_prompts).learn()"
+    )
     assert scope["result"].episodes == 1
     assert scope["reward"].calls == [("forward_step", 10)]
 
