@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import copy
 import heapq
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
+
+import torch
 
 from chatlearn.columns import UID
 from chatlearn.errors import BatchError, ConfigError, EngineError
@@ -112,9 +115,12 @@ class LocalRuntime:
             self.workers[module.name] = [Worker(replica, self._loop) for replica in replicas]
 
     def set_up(self) -> None:
-        """Run `setup()` of every replica that is not set up yet."""
+        """Run `setup()` of every replica that is not set up yet; replicas of a module draw the same numbers in it."""
         for workers in self.workers.values():
+            drawn = torch.get_rng_state(), random.getstate()
             for worker in workers:
+                torch.set_rng_state(drawn[0])
+                random.setstate(drawn[1])
                 worker.set_up()
 
     def hook(self, name: str, *args: Any, episode: int = 0) -> None:

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: whole or not there, what they hold, what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chatlearn import BaseModule
+from chatlearn.checkpoint import folder as checkpoints
+from chatlearn.checkpoint.state import RunState
+from chatlearn.errors import CheckpointError
+
+
+class Module(BaseModule):
+    def __init__(self, name: str = "m", model: nn.Module | None = None, **state: Any) -> None:
+        super().__init__(name)
+        self.model = model
+        self.state = state
+
+    def training_state(self) -> dict[str, Any]:
+        return self.state
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def save(root: Path, *modules: Module, episode: int = 1) -> Path:
+    names = [module.name for module in modules]
+    return checkpoints.save(root, RunState(episode=episode), modules, with_weights=names)
+
+
+def test_modules_come_back_as_they_were(tmp_path: Path) -> None:
+    tied = nn.Module()
+    tied.a = nn.Linear(2, 2)
+    tied.b = tied.a
+    tied.register_buffer("steps", torch.tensor(3))
+    state = {"lr": 0.1, "steps": [1, 2], "moments": {0: torch.ones(2)}, "none": None}
+    path = save(tmp_path, Module("m", tied, **state), Module("empty"))
+    assert not (path / "modules/empty").exists()
+    other = nn.Module()
+    other.a = nn.Linear(2, 2)
+    other.b = other.a
+    other.register_buffer("steps", torch.tensor(0))
+    loaded = Module("m", other)
+    checkpoints.load(path, [loaded], required=["m"])
+    assert torch.equal(other.b.weight, tied.a.weight)
+    assert int(other.steps) == 3
+    assert str(loaded.state) == str(state)
+
+
+def test_plain_values_in_a_state_dict(tmp_path: Path) -> None:
+    class Plain(Module):
+        def state_dict(self) -> dict[str, Any]:
+            return {"n": 3, "t": torch.ones(1), "s": "x"}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.got = dict(state)
+
+    path = save(tmp_path, Plain())
+    loaded = Plain()
+    checkpoints.load(path, [loaded], required=["m"])
+    assert loaded.got == {"n": 3, "t": torch.ones(1), "s": "x"}
+
+
+def test_random_generators_go_on(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    expected = torch.rand(1).item(), random.random(), np.random.rand()
+    checkpoints.load(path, [])
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+
+
+def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path) is None
+    first, second = save(tmp_path, episode=1), save(tmp_path, episode=2)
+    assert checkpoints.newest(tmp_path) == second
+    (second / "checkpoint.json").unlink()  # somebody removed it
+    assert checkpoints.newest(tmp_path) == first
+    (tmp_path / "latest").unlink()
+    assert checkpoints.newest(tmp_path) == first
+
+
+def test_latest_decides_after_going_back(tmp_path: Path) -> None:
+    save(tmp_path, episode=9)
+    again = save(tmp_path, episode=4)
+    assert checkpoints.newest(tmp_path) == again
+
+
+def test_saving_the_same_episode_anew_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, Module(step=1))
+    path = save(tmp_path, Module(step=2))
+    loaded = Module()
+    checkpoints.load(path, [loaded])
+    assert loaded.state == {"step": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["episode-000001", "latest"]
+
+
+def test_what_a_crash_left_behind_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".partial-1").mkdir()
+    save(tmp_path)
+    assert not (tmp_path / ".partial-1").exists()
+
+
+def test_a_failed_save_leaves_the_last_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, episode=1)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(tmp_path, episode=2)
+    assert checkpoints.newest(tmp_path) == path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["episode-000001", "latest"]
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint.json", "rng.pt", "modules/m/weights.safetensors", "modules/m/training.pt"]
+)
+@pytest.mark.parametrize("damage", ["cut", "scrambled", "removed"])
+def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = save(tmp_path, Module("m", nn.Linear(2, 2), step=1))
+    file = path / name
+    content = file.read_bytes()
+    if damage == "removed":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.write_bytes(b"\xff" * len(content))
+    loaded = Module("m", nn.Linear(2, 2))
+    with pytest.raises(CheckpointError) as raised:
+        checkpoints.load(path, [loaded], required=["m"])
+    place = name if (name, damage) != ("checkpoint.json", "removed") else path.name
+    assert place in raised.value.place
+
+
+def test_modules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, Module("m", nn.Linear(2, 2)))
+    with pytest.raises(CheckpointError, match="does not fit module 'm'"):
+        checkpoints.load(path, [Module("m", nn.Linear(3, 2))])
+    with pytest.raises(CheckpointError, match="no weights of module 'other'"):
+        checkpoints.load(path, [Module("other", nn.Linear(2, 2))], required=["other"])
+    checkpoints.load(path, [Module("other", nn.Linear(2, 2))])
+
+
+@pytest.mark.parametrize("value", [object(), {"deep": [np.float32(1)]}, Path("x")])
+def test_state_that_could_not_be_loaded_again_is_refused_at_once(
+    tmp_path: Path, value: Any
+) -> None:
+    with pytest.raises(CheckpointError, match="module 'm' holds a"):
+        save(tmp_path, Module(x=value))
+    assert checkpoints.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [({"format": 99}, "another format"), ({"format": 1, "unknown": 1}, "damaged")],
+)
+def test_other_formats_are_refused(tmp_path: Path, content: Any, what: str) -> None:
+    (tmp_path / "checkpoint.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=what):
+        RunState.read(tmp_path)
+
+
+def test_counters_survive(tmp_path: Path) -> None:
+    state = RunState(3, 12, 24, [8], {"a.b.forward_step": 5}, {"a": 2}, "digest")
+    path = checkpoints.save(tmp_path, state, [], with_weights=[])
+    assert RunState.read(path) == state
+    assert state.counts() == Counter({("a.b", "forward_step"): 5})
