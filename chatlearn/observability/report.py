@@ -117,7 +117,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def _flows(folder: Path) -> str:
     """Show the drawings as images, in which nothing can run."""
     figures: list[str] = []
-    for path in sorted(folder.glob("*.svg")) if folder.is_dir() else ():
+    order = ("env_flow", "trainer_flow", "eval_flow")  # as an episode runs them; others behind
+    known = [folder / f"{name}.svg" for name in order]
+    others = [path for path in sorted(folder.glob("*.svg")) if path not in known]
+    for path in [path for path in [*known, *others] if path.exists()]:
         data = base64.b64encode(path.read_bytes()).decode()
         name = escape(path.stem)
         figures.append(
@@ -153,7 +156,7 @@ def _configuration(run_folder: Path) -> str:
         lines.append(f"<tr{css}><td>{escape(key)}</td><td>{escape(shown)}</td>{by}</tr>")
     head = "<tr><th>key</th><th>value</th>" + ("<th>set by</th>" if origins else "") + "</tr>"
     only = (
-        '<input type="checkbox" id="set-only"> '
+        '<input type="checkbox" id="set-only" checked> '
         '<label class="only" for="set-only">hide what stands at its default</label>'
         if origins
         else ""

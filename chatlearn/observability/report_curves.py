@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from chatlearn.observability.charts import Series, line_chart, stacked_chart
-from chatlearn.observability.headline import EVAL, REWARD, find_key
+from chatlearn.observability.headline import ACCURACY, EVAL, REWARD, find_key
 from chatlearn.observability.jsonl import Row
 from chatlearn.observability.metrics import KEYS
 
@@ -34,7 +34,7 @@ VARIANT: Final = re.compile(r"_(max|min)$")
 def curves_html(rows: Sequence[Row]) -> str:
     """Return the section of all curves; empty without episodes."""
     names = _names(rows)
-    evaluated = [name for name in names if name.startswith(EVAL)]
+    evaluated = sorted((n for n in names if n.startswith(EVAL)), key=_rank_of_evaluation)
     phases = [name for name in names if name.startswith(TIME)]
     groups: dict[str, list[str]] = {"Reward": [], "Evaluation": _charts(rows, evaluated, True)}
     rewarding = find_key([n for n in names if n not in evaluated], REWARD) or ""
@@ -69,6 +69,12 @@ def _names(rows: Sequence[Row]) -> list[str]:
             if name not in KEYS and (number or name in bad):
                 found[name] = None
     return list(found)
+
+
+def _rank_of_evaluation(name: str) -> int:
+    """Put first what an evaluation is for; the rest stays in its order."""
+    last = name.rsplit("/", 1)[-1]
+    return 0 if last in ACCURACY else 1 if last in REWARD else 2
 
 
 def _owner(name: str) -> str:
