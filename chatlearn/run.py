@@ -36,12 +36,12 @@ class RunResult:
     train_iteration: int
     seconds: float
     folder: Path
-    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    metrics: dict[str, float] = field(default_factory=dict[str, float], repr=False)
     """Of the last episode."""
     evaluations: list[tuple[int, dict[str, float]]] = field(
-        default_factory=list[tuple[int, dict[str, float]]]
+        default_factory=list[tuple[int, dict[str, float]]], repr=False
     )
-    """Episodes done and the metrics, for every evaluation of this `learn()`."""
+    """Episodes done and the metrics, of every evaluation of the run, resumed parts included."""
 
 
 class Run:
@@ -129,6 +129,7 @@ class Run:
             self._export()
         self.result.episodes = self.state.episode
         self.result.train_iteration = self.state.train_iteration
+        self.result.evaluations = self._recorder.evaluations
         self.result.seconds = time.perf_counter() - self._start
         self._recorder.finish(self.state.episode, self.result.seconds, complete=complete)
 
@@ -235,7 +236,6 @@ class Run:
         with self._recorder.phase("evaluation"):
             results = evaluator.run(self.stage, graph, info, self._recorder.evaluation_call)
         self._recorder.evaluation_done(self.state.episode, results, evaluator.metrics)
-        self.result.evaluations.append((self.state.episode, dict(evaluator.metrics)))
         return results
 
     def save_if_due(self) -> None:

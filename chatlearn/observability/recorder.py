@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from chatlearn.config import Config, ModuleConfig
 from chatlearn.errors import OutputError
 from chatlearn.flow.draw import sink_of, to_mermaid, to_svg
 from chatlearn.flow.graph import FlowGraph
+from chatlearn.observability.headline import EVAL
 from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
 from chatlearn.observability.progress import Progress
 from chatlearn.observability.report import write_report
@@ -63,8 +64,8 @@ class Recorder:
         self._speeds: dict[str, tuple[float, float]] = {}
         self._began = time.perf_counter()
         self._unshown: dict[str, float] | None = None
-        self._first_evaluation: dict[str, float] = {}
-        self._last_evaluation: dict[str, float] = {}
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        """Episodes done and the metrics, of every evaluation of the run, resumed parts included."""
 
     # ---- start and end --------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class Recorder:
         self._stack.callback(self._metrics.close)
         self._stack.callback(self._transcripts.close)
         if resumed:
-            self._metrics.rewind(done)
+            self._remember(self._metrics.rewind(done))
             self._transcripts.rewind(done)
         board = TensorBoardTracker(self.folder.tensorboard, done + 1 if resumed else None)
         self._trackers.append(board)
@@ -114,8 +115,8 @@ class Recorder:
             "episodes": episodes,
             "seconds": round(seconds, 3),
             "complete": complete,
-            "evaluation_first": self._first_evaluation,
-            "evaluation_last": self._last_evaluation,
+            "evaluation_first": self.evaluations[0][1] if self.evaluations else {},
+            "evaluation_last": self.evaluations[-1][1] if self.evaluations else {},
         }
         self.folder.write_text("summary.json", json.dumps(summary, indent=2))
         self._metrics.close()
@@ -179,9 +180,8 @@ class Recorder:
         """Keep what an evaluation measured, and transcripts of it."""
         longest: Sequence[Batch] = max(results.values(), key=_columns, default=())
         self._transcripts.record(list(longest), episode=episode, phase="eval")
-        self._evaluation = {f"eval/{name}": value for name, value in metrics.items()}
-        self._last_evaluation = dict(metrics)
-        self._first_evaluation = self._first_evaluation or dict(metrics)
+        self._evaluation = {EVAL + name: value for name, value in metrics.items()}
+        self.evaluations.append((episode, dict(metrics)))
         self._unshown = dict(metrics)
         if episode == 0:
             self._show_evaluation()
@@ -210,6 +210,17 @@ class Recorder:
         """Show a line of its own."""
         if self._progress is not None:
             self._progress.note(text)
+
+    def _remember(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the evaluations of the part of the run that is resumed."""
+        for row in rows:
+            found = {
+                name.removeprefix(EVAL): float(value)
+                for name, value in row.items()
+                if name.startswith(EVAL) and value is not None
+            }
+            if found:
+                self.evaluations.append((int(row["episode"]), found))
 
     def _write_config(self, modules: Mapping[str, ModuleConfig]) -> None:
         """Write every resolved value, and who set it."""
