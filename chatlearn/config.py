@@ -108,7 +108,7 @@ class RuntimeConfig(BaseModel):
     generation_batch_size: int | None = Field(default=None, ge=1)
     """Samples per call of a module at most; None takes everything that is ready."""
     output_dir: Path | None = None
-    """Folder of the run (metrics, report, checkpoints, model); None writes nothing."""
+    """Folder of the run (metrics, report, checkpoints, model); None writes to `runs/<script>`."""
     seed: int = 0
     """Seed of sampling, shuffles and initial weights."""
     resume: Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)] = (

@@ -137,9 +137,7 @@ class Worker:
 
     def _error(self, method: str, error: Exception, where: Where) -> ModuleError:
         module = self.module
-        text = (
-            str(error) if isinstance(error, ChatLearnError) else f"{type(error).__name__}: {error}"
-        )
+        text = str(error) if isinstance(error, ChatLearnError) else _describe(error)
         lines = [
             text,
             f"  module: {module.name} ({type(module).__name__})",
@@ -150,6 +148,13 @@ class Worker:
         if where.uids:
             lines.append(f"  samples: {describe_uids(where.uids)}")
         return ModuleError("\n".join(lines))
+
+
+def _describe(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - an exception that cannot be printed must not hide where it came from
+        return f"{type(error).__name__} (its message cannot be printed)"
 
 
 def describe_uids(uids: Sequence[int]) -> str:

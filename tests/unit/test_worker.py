@@ -85,6 +85,19 @@ def test_errors_end_with_everything() -> None:
     assert str(again) == str(raised.value)
 
 
+def test_an_exception_that_cannot_be_printed_is_still_placed() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    class Bad(Module):
+        def fail(self, data: Any) -> Any:
+            raise Mute
+
+    with pytest.raises(ModuleError, match=r"Mute \(its message cannot be printed\)\n  module: m"):
+        worker(Bad("m")).step("fail", {}, 0, {}, Where())
+
+
 def test_uids_for_people() -> None:
     assert describe_uids([3]) == "uid 3"
     assert describe_uids(range(40)).startswith("uid 0, 1, 2")
