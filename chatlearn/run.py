@@ -3,29 +3,27 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 from chatlearn.checkpoint import folder as checkpoints
 from chatlearn.checkpoint.state import RunState
+from chatlearn.checkpointing import Checkpointing
 from chatlearn.data.feed import Dataset, Feed
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.data.stream import StreamDataset
-from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.executors import EvalInfo, Evaluator
-from chatlearn.module import BaseModule, has_model, resolved_config
+from chatlearn.interruption import Interruption
+from chatlearn.module import BaseModule
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
 from chatlearn.runtime.local import FlowWork, Outcome, TrainWork
 from chatlearn.stage import Results, Stage
-from chatlearn.weights.local import ParameterSync, may_share
+from chatlearn.syncs import Syncs
 
 
 @dataclass
@@ -59,19 +57,16 @@ class Run:
         self.state = RunState()
         self.result = RunResult(0, 0, 0.0, Path())
         self._resume_from: Path | None = None
-        self._saved_episode = -1
         self._rng_to_save: checkpoints.RngStates | None = None
         self._module_seconds = 0.0
-        self._forced = False
-        self._signal: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self._interruption = Interruption()
 
     # ---- start and end --------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
-        self._refuse_missing_checkpoint()
-        self._recorder = Recorder(self.program.config, goes_on=self._goes_on_in)
+        self._checkpointing = Checkpointing(self.program, self.stage)
+        self._recorder = Recorder(self.program.config, goes_on=self._checkpointing.goes_on_in)
         try:
             self._begin()
         except BaseException:
@@ -82,9 +77,9 @@ class Run:
     def _begin(self) -> None:
         folder = self._recorder.folder
         self.result.folder = folder.path
-        self._resume_from = self._checkpoint_to_resume(folder.checkpoints)
+        self._resume_from = self._checkpointing.to_resume(folder.checkpoints)
         done = RunState.read(self._resume_from).episode if self._resume_from else 0
-        self._catch_signals()
+        self._interruption.catch()
         self._recorder.start(
             self.program.graphs,
             self.program.module_configs,
@@ -97,9 +92,14 @@ class Run:
             self.stage.set_up()
         self._sampler, self._datasets = self._sampler_over_datasets()
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
-        self._syncs = self._parameter_syncs()
+        self._syncs = Syncs(self.program, self.stage, self.config)
         if self._resume_from is not None:
-            self._resume(self._resume_from)
+            self.state = self._checkpointing.resume(
+                self._resume_from, self._sampler, self._datasets
+            )
+            self._recorder.note(
+                f"resumed from {self._resume_from}: {self.state.episode} episodes done"
+            )
         for workers in self.stage.runtime.workers.values():
             for worker in workers:
                 worker.module.progress = self._recorder.tick
@@ -111,16 +111,15 @@ class Run:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        stopped = self._signal is not None and (
-            error is None or isinstance(error, KeyboardInterrupt)
-        )
+        interruption = self._interruption
+        stopped = interruption.requested and isinstance(error, KeyboardInterrupt | None)
         try:
-            if error is None or (stopped and kind is KeyboardInterrupt and not self._forced):
+            if error is None or (stopped and not interruption.is_forced):
                 self._finish(complete=not stopped)
         finally:
             self._end()
         if stopped:
-            raise SystemExit(128 + (self._signal or signal.SIGINT)) from None
+            raise SystemExit(interruption.exit_code) from None
 
     def _finish(self, *, complete: bool) -> None:
         """Leave a checkpoint, the trained model, the report."""
@@ -134,9 +133,7 @@ class Run:
         self._recorder.finish(self.state.episode, self.result.seconds, complete=complete)
 
     def _end(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._handlers = {}
+        self._interruption.release()
         self._recorder.close()
 
     def _export(self) -> None:
@@ -159,7 +156,7 @@ class Run:
             self._recorder.note(
                 f"nothing left to do: {self.state.episode} of {self.config.num_episode} episodes are done"
             )
-        while self.state.episode < self.config.num_episode and self._signal is None:
+        while self.state.episode < self.config.num_episode and not self._interruption.requested:
             self._recorder.begin_episode(self.state.episode + 1)
             self.stage.runtime.hook("before_episode", episode=self.state.episode + 1)
             yield self.state.episode
@@ -189,7 +186,7 @@ class Run:
                 trainer=trainer,
                 batch_size=self.config.generation_batch_size,
                 observer=self._recorder.call,
-                interrupted=lambda: self._signal is not None,
+                interrupted=lambda: self._interruption.requested,
             )
         except KeyboardInterrupt:
             # Nothing was trained: go back to where the episode began, so that the checkpoint repeats it.
@@ -200,24 +197,12 @@ class Run:
         self._account(outcome)
 
     def sync_parameters(self, *, first: bool = False) -> None:
-        """Carry weights along every pair that is due."""
-        if first and self._resume_from is not None:
-            versions = {m.name: m.policy_version for m in self.stage.modules}
-        else:
-            versions = None
+        """Carry weights along every pair that is due; behind it, the episode counts as done."""
         with self._recorder.phase("sync"):
-            for sync, frequency in self._syncs:
-                restored = versions is not None and frequency > 1
-                if first and sync.moves_nothing:
-                    self._recorder.note(f"nothing to sync: {sync.pair} have no parameters")
-                if (first and not restored) or (
-                    not first and (self.state.episode + 1) % frequency == 0
-                ):
-                    report = sync.run()
-                    self._recorder.synced(report.pair, report.seconds, report.bytes)
-        if versions is not None:
-            for module in self.stage.modules:
-                module.policy_version = versions[module.name]
+            if first:
+                self._syncs.run_first(self._recorder, resumed=self._resume_from is not None)
+            else:
+                self._syncs.run_due(self._recorder, self.state.episode + 1)
         if not first:
             self.state.episode += 1
 
@@ -276,118 +261,11 @@ class Run:
         self._module_seconds = outcome.module_seconds
         self._recorder.samples(self.state.episode + 1, outcome.samples.everything())
 
-    def _parameter_syncs(self) -> list[tuple[ParameterSync, int]]:
-        trainer = self.program.graphs.get("trainer_flow")
-        trained = set(map(id, trainer.modules)) if trainer else set[int]()
-        receivers = [id(destination) for _, destination in self.program.sync_pairs]
-        syncs: list[tuple[ParameterSync, int]] = []
-        for source, destination in self.program.sync_pairs:
-            replicas = [worker.module for worker in self.stage.runtime.workers[destination.name]]
-            frequency = resolved_config(destination).sync_frequency
-            share = may_share(
-                frequency=frequency,
-                replicas=len(replicas),
-                streams=self.config.stream_data_loader_type == "dynamic",
-                destination_trains=id(destination) in trained,
-                destination_syncs=receivers.count(id(destination)),
-            )
-            syncs.append((ParameterSync(source, replicas, share=share), frequency))
-        return syncs
-
-    def _own_weights(self) -> set[str]:
-        """Modules whose weights a resumed run cannot get elsewhere: trained ones, sources, and those synced rarely."""
-        trainer = self.program.graphs.get("trainer_flow")
-        own = {module.name for module in (trainer.modules if trainer else ())}
-        for source, destination in self.program.sync_pairs:
-            own.add(source.name)
-            if resolved_config(destination).sync_frequency > 1:
-                own.add(destination.name)
-        return own
-
-    def _weights_to_save(self) -> set[str]:
-        """Besides `_own_weights`, modules outside all pairs that hold more than frozen weights."""
-        received = {destination.name for _, destination in self.program.sync_pairs}
-        others = {m.name for m in self.stage.modules if m.name not in received and _may_change(m)}
-        return self._own_weights() | others
-
     def _save(self) -> None:
-        if self._saved_episode == self.state.episode:
-            return
-        self.state.prompts_drawn = self._sampler.drawn
-        self.state.dataset_sizes = [len(dataset) for dataset in self._datasets]
-        self.state.iterations = {f"{m}.{s}": n for (m, s), n in self.stage.iterations.items()}
-        self.state.policy_versions = {m.name: m.policy_version for m in self.stage.modules}
-        self.state.config_digest = self.program.config.digest(self.program.module_configs)
+        root = self._recorder.folder.checkpoints
         with self._recorder.phase("checkpoint"):
-            self._module_checkpoints("save_checkpoint")
-            root = self._recorder.folder.checkpoints
-            path = checkpoints.save(
-                root,
-                self.state,
-                self.stage.modules,
-                with_weights=self._weights_to_save(),
-                rng=self._rng_to_save,
+            path = self._checkpointing.save(
+                root, self.state, self._sampler, self._datasets, self._rng_to_save
             )
-        self._saved_episode = self.state.episode
-        self._recorder.note(f"checkpoint: {path}")
-
-    def _module_checkpoints(self, hook: str) -> None:
-        done = self.state
-        self.stage.runtime.hook(hook, done.train_iteration, episode=done.episode)
-
-    def _refuse_missing_checkpoint(self) -> None:
-        resume = self.config.resume
-        if resume not in ("never", "auto") and not (Path(resume) / "checkpoint.json").is_file():
-            raise CheckpointError(
-                f"runtime.resume={resume!r} names no checkpoint",
-                place=self.program.config.provenance("runtime.resume"),
-                fix="name a folder such as <output_dir>/checkpoints/episode-000012, or use auto",
-            )
-
-    def _checkpoint_to_resume(self, root: Path) -> Path | None:
-        if self.config.resume == "auto":
-            return checkpoints.newest(root)
-        return None if self.config.resume == "never" else Path(self.config.resume)
-
-    def _goes_on_in(self, folder: Path) -> bool:
-        """Tell whether the run to resume lies in `folder`; what else lies there belongs to an earlier run."""
-        checkpoint = self._checkpoint_to_resume(folder / "checkpoints")
-        return checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve())
-
-    def _resume(self, path: Path) -> None:
-        own = self._own_weights()
-        self.state = checkpoints.load(path, self.stage.modules, required=own)
-        sizes = [len(dataset) for dataset in self._datasets]
-        if self.state.dataset_sizes != sizes:
-            raise ConfigError(
-                f"the datasets have {sizes} rows, but {self.state.dataset_sizes} when the run was saved",
-                place=str(path),
-                fix="resume with the same datasets, or start anew with runtime.resume=never",
-            )
-        self._sampler.drawn = self.state.prompts_drawn
-        self.stage.iterations.update(self.state.counts())
-        for module in self.stage.modules:
-            module.policy_version = self.state.policy_versions.get(module.name, 0)
-        self._module_checkpoints("load_checkpoint")
-        self._saved_episode = self.state.episode
-        self._recorder.note(f"resumed from {path}: {self.state.episode} episodes done")
-
-    def _catch_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            self._forced = True
-            raise KeyboardInterrupt
-        self._signal = number
-        sys.stderr.write("\nstopping at the next safe point; once more stops right here\n")
-
-
-def _may_change(module: BaseModule) -> bool:
-    """Tell whether a module holds more than frozen weights."""
-    if type(module).state_dict is not BaseModule.state_dict:
-        return True
-    return has_model(module) and any(p.requires_grad for p in module.model.parameters())
+        if path is not None:
+            self._recorder.note(f"checkpoint: {path}")
