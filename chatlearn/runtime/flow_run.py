@@ -179,7 +179,8 @@ class FlowRun:
             stop = border
             if border - start >= size:
                 break
-        full = stop is not None and (stop - start >= size or stop < known)
+        # Cut only where it is certain whatever comes next, so that cuts never depend on timing.
+        full = stop is not None and (stop - start >= size or known - start > size)
         return stop if full or space.closed else None
 
     @staticmethod

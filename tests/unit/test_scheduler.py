@@ -253,6 +253,17 @@ def test_filters_in_a_row_keep_the_order(keeps: int) -> None:
     assert driver.delivered == [u for u in driver.uids if u % keeps]
 
 
+def test_groups_behind_a_filter_are_cut_alike_whenever_it_finishes() -> None:
+    nodes = [node(0, batch_size=1, filters=True), node(1, 0, batch_size=2, batch_by="group")]
+    seen = set()
+    for seed in range(20):
+        driver = Driver(
+            nodes, (1,), *uids_of(7), replicas={"m0": 3}, keeps=50, chooser=random.Random(seed)
+        ).run()
+        seen.add(frozenset(tuple(c.uids) for c in driver.calls if c.node.index == 1))
+    assert seen == {frozenset({(101, 102), (103, 104), (105, 106)})}
+
+
 # ---- random flows ---------------------------------------------------------------------------------
 
 
