@@ -167,12 +167,17 @@ class BaseModule:
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the named tensors that parameter sync and checkpoints carry (of `self.model`, if there is one)."""
-        return self.model.state_dict() if has_model(self) else {}
+        if has_model(self):
+            return self.model.state_dict()
+        inherited = getattr(super(), "state_dict", None)  # of a class that is a torch module itself
+        return inherited() if inherited is not None else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over named tensors, in place."""
         if has_model(self):
             self.model.load_state_dict(state)
+        elif (inherited := getattr(super(), "load_state_dict", None)) is not None:
+            inherited(state)
 
     def training_state(self) -> dict[str, Any]:
         """Return what a resumed run needs besides `state_dict()` (optimiser, schedule); tensors and plain values."""

@@ -159,7 +159,7 @@ def test_another_dtype_is_converted_not_shared() -> None:
     report = ParameterSync(source, [destination], share=True).run()
     assert not report.shared
     assert destination.model.weight.dtype == torch.bfloat16
-    assert float(destination.model.weight.sum()) == 4.0
+    assert float(destination.model.weight.detach().sum()) == 4.0
     assert report.bytes == 6 * 2
 
 
@@ -184,7 +184,7 @@ def test_every_replica_gets_the_weights_and_a_version() -> None:
     sync.run()
     source.model.weight.data.add_(1)
     assert sync.run().bytes == 3 * 6 * 4
-    assert [float(r.model.weight.sum()) for r in replicas] == [8.0] * 3
+    assert [float(r.model.weight.detach().sum()) for r in replicas] == [8.0] * 3
     assert [r.policy_version for r in replicas] == [2] * 3
 
 
@@ -260,3 +260,16 @@ def test_replicas_start_with_the_same_weights() -> None:
     module = Random("m")
     Engine(Environment(lambda b: module.forward_step(b))).set_dataset(["p"]).learn()
     assert torch.equal(*weights)
+
+
+def test_a_class_that_is_a_torch_module_itself_is_synced() -> None:
+    class Both(BaseModule, nn.Module):
+        def __init__(self, name: str, value: float) -> None:
+            nn.Module.__init__(self)
+            BaseModule.__init__(self, name)
+            self.layer = linear(value)
+
+    source, destination = Both("a", 1), Both("b", 0)
+    report = ParameterSync(source, [destination], share=True).run()
+    assert (report.tensors, report.shared) == (2, False)
+    assert float(destination.layer.weight.detach().sum()) == 4.0
