@@ -3,12 +3,16 @@
 
 A row is a dict with the column `prompt` (text, or chat messages: dicts with `role` and `content`) and whatever
 further columns a reward needs; a plain string stands for `{"prompt": string}`. Rows of files are validated when
-they are read, so that a malformed one is refused with file and line before anything expensive starts.
+they are read, so that a malformed one is refused with file and line before anything expensive starts. Of rows that
+are in memory already only columns and empty prompts are checked: a module may take any object as a prompt.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -38,7 +42,8 @@ def load_prompts(source: Source, *, split: str = "train", what: str = "the datas
         what: what the rows are for, named in errors.
 
     Raises:
-        DataError: there are no rows, a path leads nowhere, or a row is malformed (with file and line).
+        DataError: there are no rows, a path leads nowhere, or a row is malformed (with file and line, or with the
+            number of the row from 0).
     """
     if isinstance(source, str | Path):
         rows = _load_path(Path(source), str(source), split)
@@ -62,7 +67,11 @@ def load_prompts(source: Source, *, split: str = "train", what: str = "the datas
             place=str(source) if isinstance(source, str | Path) else "",
             fix="give it rows",
         )
-    return rows
+    if not isinstance(source, str | Path):
+        _check_in_memory(rows, what)
+    elif not isinstance(rows, list):
+        _check_in_memory(rows, str(source))
+    return cast("Rows", rows)
 
 
 def _load_path(path: Path, name: str, split: str) -> Rows:
@@ -87,20 +96,48 @@ def _existing(path: Path) -> Path:
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     columns: set[str] | None = None
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            place = f"{path}:{number}"
+            text = _decode(line, place).rstrip()
+            if not text:
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"line is no JSON: {error.msg} at column {error.colno}",
-                    place=f"{path}:{number}",
-                    fix="write one JSON object per line",
-                ) from None
-            columns = _check_row(row, columns, f"{path}:{number}")
+            row = _parse(text, place)
+            columns = _check_row(row, columns, place)
             yield row
+
+
+def _decode(line: bytes, place: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"line is no UTF-8 text: byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line",
+            place=place,
+            fix="save the file as UTF-8",
+        ) from None
+
+
+def _parse(text: str, place: str) -> Any:
+    """Read one line, which has no line end: with it, errors would be placed on a line of their own."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
+        raise DataError(
+            f"line is no JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+            + (f"; the line ends at column {len(text)}" if cut else ""),
+            place=place,
+            fix="write one whole JSON object per line"
+            + ("; is this one cut off, or spread over several lines?" if cut else ""),
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, endless nesting
+        raise DataError(f"line cannot be read: {error}", place=place) from None
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -123,16 +160,87 @@ def _check_row(row: Any, columns: set[str] | None, place: str) -> set[str]:
             place=place,
             fix='write {"prompt": "...", ...}',
         )
-    names = set(cast("dict[str, Any]", row))
+    named = cast("dict[str, Any]", row)
+    names = set(named)
+    _check_columns(names, columns, place)
+    for name, value in named.items():
+        if not _is_finite(value):
+            raise DataError(
+                f"column {name!r} holds a number that is not finite",
+                place=place,
+                fix="write null where there is no value",
+            )
+    if PROMPT in names:
+        check_prompt(named[PROMPT], place)
+    return names
+
+
+def _check_columns(names: set[str], columns: set[str] | None, place: str) -> None:
     if columns is not None and names != columns:
         raise DataError(
-            f"columns differ from the first row's: {sorted(names ^ columns)}",
+            f"columns differ from the first row's: {sorted(map(str, names ^ columns))}",
             place=place,
-            fix="give every row the same columns; write null where there is no value",
+            fix="give every row the same columns; write null (None) where there is no value",
         )
-    if PROMPT in names:
-        check_prompt(row[PROMPT], place)
-    return names
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_finite, cast("dict[str, Any]", value).values()))
+    return not isinstance(value, list) or all(map(_is_finite, cast("list[Any]", value)))
+
+
+def _check_in_memory(rows: Rows, what: str) -> None:
+    """Refuse what no module could use, without making the items of a dataset that makes them when asked."""
+    if isinstance(rows, list | tuple):
+        _check_sequence(cast("Sequence[Any]", rows), what)
+    elif _is_hugging_face(rows):
+        for number, prompt in _prompts_missing(rows):
+            _refuse_missing(prompt, f"{what}, row {number}")
+
+
+def _check_sequence(rows: Sequence[Any], what: str) -> None:
+    first: set[str] | None = None
+    for number, row in enumerate(rows):
+        named: dict[str, Any] = (
+            cast("dict[str, Any]", row) if isinstance(row, dict) else {PROMPT: row}
+        )
+        place = f"{what}, row {number}"
+        if first is None:
+            first = set(named)
+        elif named.keys() != first:
+            _check_columns(set(named), first, place)
+        if PROMPT in named:
+            _refuse_missing(named[PROMPT], place)
+
+
+def _refuse_missing(prompt: Any, place: str) -> None:
+    if prompt is None or (isinstance(prompt, str) and not prompt):
+        raise _bad_prompt("is None" if prompt is None else "is empty text", place)
+
+
+def _is_hugging_face(rows: Any) -> bool:
+    datasets = sys.modules.get("datasets")  # who has such a dataset has imported it
+    return datasets is not None and isinstance(rows, datasets.Dataset)
+
+
+def _prompts_missing(dataset: Any) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of prompts that are None or empty, read as Arrow, a thousand at a time."""
+    if PROMPT not in dataset.column_names or dataset.format["type"] == "custom":
+        return  # a transform of the user's makes the rows when they are asked for
+    from pyarrow import compute, types
+
+    stored = dataset.select_columns([PROMPT]).with_format("arrow")
+    count = 1000
+    for start, table in zip(range(0, len(stored), count), stored.iter(count), strict=True):
+        column = table.column(PROMPT)
+        missing = cast("Any", compute).is_null(column)
+        if types.is_string(column.type) or types.is_large_string(column.type):
+            missing = cast("Any", compute).equal(cast("Any", compute).fill_null(column, ""), "")
+        for offset in cast("Any", compute).indices_nonzero(missing).to_pylist():
+            yield start + offset, column[offset].as_py()
 
 
 def check_prompt(prompt: Any, place: str) -> None:
@@ -146,16 +254,38 @@ def check_prompt(prompt: Any, place: str) -> None:
             return
         problem = "is empty text"
     elif isinstance(prompt, list):
-        messages = cast("list[Any]", prompt)
-        if messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
-            for m in messages
-        ):
+        flaw = next(_message_flaws(cast("list[Any]", prompt)), None)
+        if flaw is None:
             return
-        problem = "is a list, but not of chat messages"
+        problem = f"is a list, but not of chat messages: {flaw}"
     else:
         problem = f"is a {type(prompt).__name__}"
-    raise DataError(
+    raise _bad_prompt(problem, place)
+
+
+def _message_flaws(messages: list[Any]) -> Iterator[str]:
+    if not messages:
+        yield "it is empty"
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            yield f"message {number} is a {type(message).__name__}"
+            continue
+        parts = cast("dict[str, Any]", message)
+        role, content = parts.get("role"), parts.get("content")
+        if not isinstance(role, str):
+            yield (
+                f"message {number} has no role"
+                if role is None
+                else f"role of message {number} is {role!r}"
+            )
+        elif content is None and not parts.get("tool_calls"):
+            yield f"message {number} has no content"
+        elif not isinstance(content, str | list | None):
+            yield f"content of message {number} is a {type(content).__name__}"
+
+
+def _bad_prompt(problem: str, place: str) -> DataError:
+    return DataError(
         f"the prompt {problem}",
         place=place,
         fix='give text, or chat messages [{"role": "user", "content": "..."}]',

@@ -81,7 +81,15 @@ def test_saved_datasets(tmp_path: Path) -> None:
         ('{"prompt": null, "answer": 1, "meta": 1}', "the prompt is a NoneType"),
         ('{"prompt": 5, "answer": 1, "meta": 1}', "the prompt is a int"),
         ('{"prompt": [], "answer": 1, "meta": 1}', "not of chat messages"),
-        ('{"prompt": [{"role": "user"}], "answer": 1, "meta": 1}', "not of chat messages"),
+        ('{"prompt": [{"role": "user"}], "answer": 1, "meta": 1}', "message 0 has no content"),
+        ('{"prompt": [{"role": "user", "content": null}], "answer": 1, "meta": 1}', "no content"),
+        ('{"prompt": [{"role": "user", "content": 5}], "answer": 1, "meta": 1}', "is a int"),
+        ('{"prompt": [{"content": "x"}], "answer": 1, "meta": 1}', "message 0 has no role"),
+        ('{"prompt": ["x"], "answer": 1, "meta": 1}', "message 0 is a str"),
+        ('{"prompt": "x", "answer": NaN, "meta": 1}', "column 'answer' holds a number that is not"),
+        ('{"prompt": "x", "answer": 1, "meta": {"a": [-Infinity]}}', "column 'meta' holds"),
+        ('{"prompt": "x", "answer": 1e999, "meta": 1}', "column 'answer' holds"),
+        ('{"prompt": "x", "answer": ' + "1" * 5000 + "}", "line cannot be read"),
     ],
 )
 def test_malformed_rows_are_refused_with_file_and_line(
@@ -92,6 +100,127 @@ def test_malformed_rows_are_refused_with_file_and_line(
     with pytest.raises(DataError, match=what) as raised:
         load_prompts(path)
     assert raised.value.place == f"{path}:4"
+
+
+def test_calls_of_tools_need_no_content(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    rows = [
+        {"prompt": [*CHAT, call]},
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+    ]
+    assert rows_of(jsonl(tmp_path / "data.jsonl", rows)) == rows
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "data.jsonl", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert rows_of(path) == ROWS
+
+
+def test_text_that_is_no_utf_8_is_refused_with_file_and_line(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "data.jsonl", ROWS)
+    path.write_bytes(path.read_bytes() + '{"prompt": "é"}\n'.encode("latin-1"))
+    with pytest.raises(
+        DataError, match="no UTF-8 text: byte 0xe9 at byte 13 of the line"
+    ) as raised:
+        load_prompts(path)
+    assert raised.value.place == f"{path}:3"
+    assert raised.value.fix == "save the file as UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"prompt": x}', "Expecting value at column 12"),
+        ('{"prompt": "ab', "Unterminated string starting at column 12; the line ends at column 14"),
+        ('{"prompt": "ab"', "Expecting ',' delimiter at column 16; the line ends at column 15"),
+        ("{", "at column 2; the line ends at column 1"),
+        ('{"prompt": "a"} {}', "Extra data at column 17"),
+    ],
+)
+def test_the_column_of_what_is_no_json(tmp_path: Path, line: str, what: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError) as raised:
+        load_prompts(path)
+    assert raised.value.cause.endswith(what)
+    assert ("cut off" in raised.value.fix) == ("ends" in what)
+
+
+def test_parquet_rows_are_held_to_the_same(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "data.parquet"
+    for row, what in (
+        ({"prompt": None}, "the prompt is a NoneType"),
+        ({"prompt": [{"role": "user", "content": None}]}, "message 0 has no content"),
+        ({"prompt": "x", "answer": float("nan")}, "column 'answer' holds a number"),
+    ):
+        parquet.write_table(pa.Table.from_pylist([row]), path)
+        with pytest.raises(DataError, match=what) as raised:
+            load_prompts(path)
+        assert raised.value.place == f"{path}, row 0"
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (
+            [{"prompt": "a", "answer": 1}, {"prompt": "b"}],
+            r"differ from the first row's: \['answer'\]",
+        ),
+        ([{"prompt": "a"}, {"promt": "b"}], r"differ .*: \['prompt', 'promt'\]"),
+        ([{"prompt": "a", "answer": 1}, "b"], r"differ .*: \['answer'\]"),
+        ([{"prompt": "a"}, {"prompt": None}], "the prompt is None"),
+        (({"prompt": "a"}, {"prompt": ""}), "the prompt is empty text"),
+        (["a", ""], "the prompt is empty text"),
+    ],
+)
+def test_rows_in_memory_that_no_module_could_use(rows: Any, what: str) -> None:
+    with pytest.raises(DataError, match=what) as raised:
+        load_prompts(rows, what="the dataset of env_flow")
+    assert raised.value.place == "the dataset of env_flow, row 1"
+    assert raised.value.fix
+
+
+def test_rows_in_memory_may_otherwise_be_anything() -> None:
+    import torch
+
+    for rows in (
+        [torch.zeros(3), torch.ones(3)],
+        [0, 1.5, float("nan")],
+        [{"prompt": torch.tensor([])}, {"prompt": 0}],
+        [{"x": None}, {"x": ""}],
+        [CHAT, [{"anything": None}]],
+    ):
+        assert load_prompts(rows) is rows
+
+
+def test_items_of_other_datasets_are_not_made_to_be_checked() -> None:
+    data = Data(["", None])
+    assert load_prompts(data) is data
+    assert data.fetched == []
+
+
+def test_prompts_of_hugging_face_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    texts: list[str | None] = ["a"] * 1500
+    for missing, what in ((None, "is None"), ("", "is empty text")):
+        bad = datasets.Dataset.from_dict({"prompt": [*texts, missing], "x": [None] * 1501})
+        with pytest.raises(DataError, match=what) as raised:
+            load_prompts(bad, what="the dataset of env_flow")
+        assert raised.value.place == "the dataset of env_flow, row 1500"
+        assert rows_of(bad.select(range(3))) == [{"prompt": "a", "x": None}] * 3
+        bad.save_to_disk(tmp_path / what)
+        with pytest.raises(DataError, match=what) as raised:
+            load_prompts(tmp_path / what)
+        assert raised.value.place == f"{tmp_path / what}, row 1500"
+    filled = bad.with_transform(lambda rows: {"prompt": [p or "z" for p in rows["prompt"]]})
+    assert len(load_prompts(filled)) == 1501, "a transform makes the rows"
+    for other in ({"x": [None, ""]}, {"prompt": [CHAT, CHAT]}, {"prompt": [1, 2]}):
+        assert len(load_prompts(datasets.Dataset.from_dict(other).with_format("torch"))) == 2
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
