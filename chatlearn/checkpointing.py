@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from chatlearn.checkpoint import folder as checkpoints
 from chatlearn.checkpoint.state import RunState
 from chatlearn.data.feed import Dataset
 from chatlearn.data.sampler import PromptSampler
-from chatlearn.errors import CheckpointError, ConfigError
+from chatlearn.errors import ConfigError
 from chatlearn.module import BaseModule, has_model, resolved_config
 from chatlearn.program import Program
 from chatlearn.stage import Stage
@@ -20,22 +21,10 @@ class Checkpointing:
     """Find, save and resume checkpoints of one run."""
 
     def __init__(self, program: Program, stage: Stage) -> None:
-        """Look at what is to be resumed.
-
-        Raises:
-            CheckpointError: `runtime.resume` names a folder that is no checkpoint.
-        """
         self._program = program
         self._stage = stage
         self._resume = program.config.runtime.resume
         self._saved_episode = -1
-        named = self._resume not in ("never", "auto")
-        if named and not (Path(self._resume) / "checkpoint.json").is_file():
-            raise CheckpointError(
-                f"runtime.resume={self._resume!r} names no checkpoint",
-                place=program.config.provenance("runtime.resume"),
-                fix="name a folder such as <output_dir>/checkpoints/episode-000012, or use auto",
-            )
 
     def to_resume(self, root: Path) -> Path | None:
         """Return the checkpoint to go on from, `root` being the output folder's checkpoints."""
@@ -64,6 +53,7 @@ class Checkpointing:
         state.dataset_sizes = [len(dataset) for dataset in datasets]
         state.iterations = {f"{m}.{s}": n for (m, s), n in self._stage.iterations.items()}
         state.policy_versions = {module.name: module.policy_version for module in modules}
+        state.sampling = self._sampling()
         state.config_digest = self._program.config.digest(self._program.module_configs)
         self._hook("save_checkpoint", state)
         path = checkpoints.save(root, state, modules, with_weights=self._weights_to_save(), rng=rng)
@@ -81,6 +71,15 @@ class Checkpointing:
                 place=str(path),
                 fix="resume with the same datasets, or start anew with runtime.resume=never",
             )
+        changed = [k for k, v in self._sampling().items() if v != state.sampling.get(k)]
+        if changed:
+            new = ", ".join(f"{k}={self._sampling()[k]}" for k in changed)
+            old = ", ".join(f"{k}={state.sampling.get(k)}" for k in changed)
+            raise ConfigError(
+                f"the run cannot go on with other samples than it began with: {new}, but it was {old}",
+                place=str(path),
+                fix="resume with the values the run was started with, or start anew: runtime.resume=never",
+            )
         sampler.drawn = state.prompts_drawn
         self._stage.iterations.update(state.counts())
         for module in modules:
@@ -88,6 +87,12 @@ class Checkpointing:
         self._hook("load_checkpoint", state)
         self._saved_episode = state.episode
         return state
+
+    def _sampling(self) -> dict[str, Any]:
+        """What decides which sample has which number, and its random numbers."""
+        runtime = self._program.config.runtime
+        keys = ("seed", "num_inference_per_prompt", "data_shuffle", "data_ratio")
+        return {key: getattr(runtime, key) for key in keys}
 
     def _hook(self, name: str, state: RunState) -> None:
         self._stage.runtime.hook(name, state.train_iteration, episode=state.episode)

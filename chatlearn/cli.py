@@ -59,6 +59,11 @@ class Checked(Protocol):
         ...
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What is no mistake, but may surprise."""
+        ...
+
+    @property
     def problems(self) -> Sequence[ChatLearnError]:
         """What would stop a run."""
         ...
@@ -99,6 +104,8 @@ def check(context: typer.Context, target: Target, overrides: Overrides = None) -
             out.print(f"{name}: {calls}", markup=False, highlight=False, soft_wrap=True)
         _stop_at(checked.problems)
         _print_arithmetic(checked)
+        for note in checked.notes:
+            out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         out.print("everything fits together", style="green")
 
 
@@ -137,9 +144,12 @@ def explain(context: typer.Context, target: Target, overrides: Overrides = None)
 def evaluate(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
     """Evaluate instead of training."""
     with _command(target, overrides) as script:
-        results = _inspect(script, context.obj or (), _evaluate)
+        results, metrics = _inspect(script, context.obj or (), _evaluate)
         for name, batches in results.items():
-            typer.echo(_summary(name, batches))
+            count = sum(max((len(column) for column in b.values()), default=0) for b in batches)
+            typer.echo(f"{name}: {count} samples")
+        for name, value in metrics.items():
+            typer.echo(f"{name} {value:.6g}")
 
 
 @app.command()
@@ -227,9 +237,21 @@ def _check(subject: Any) -> Checked:
     return subject.check()
 
 
-def _evaluate(subject: Any) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+def _evaluate(subject: Any) -> tuple[Mapping[str, Sequence[Mapping[str, Any]]], dict[str, float]]:
+    """Evaluate with the modules as `setup()` makes them; return the results and what was measured."""
+    from chatlearn.config import active
+    from chatlearn.program import raise_problems
+
+    if active().runtime.resume != "never":
+        raise ConfigError(
+            "`chatlearn eval` measures the models that the script names and does not resume a run",
+            place=active().provenance("runtime.resume"),
+            fix="name the trained model: models.<policy>.model=<run folder>/model",
+        )
+    raise_problems(subject.check().problems)
+    evaluator = getattr(subject, "evaluator", subject)
     try:
-        return subject.eval()
+        return subject.eval(), evaluator.metrics
     finally:
         subject.stop()
 
@@ -343,20 +365,6 @@ def _draw(name: str, graph: FlowGraph, graphs: Mapping[str, FlowGraph], folder: 
             fix="give a folder that can be written with --out",
         ) from error
     return list(files)
-
-
-def _summary(name: str, batches: Sequence[Mapping[str, Any]]) -> str:
-    """Say how many samples a module returned, and the mean of each column of numbers."""
-    import torch
-
-    count, columns = 0, dict[str, list[Any]]()
-    for batch in batches:
-        count += max((len(column) for column in batch.values()), default=0)
-        for key, column in batch.items():
-            if isinstance(column, torch.Tensor) and column.dim() == 1 and "uid" not in key:
-                columns.setdefault(key, []).append(column.float())
-    means = [f"{key} {torch.cat(parts).mean().item():.4f}" for key, parts in columns.items()]
-    return f"{name}: {count} samples{''.join(f', {mean}' for mean in means)}"
 
 
 if __name__ == "__main__":

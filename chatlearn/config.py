@@ -8,6 +8,7 @@ A value is set by, each overruling the one before: the default, the constructor 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
@@ -218,15 +219,12 @@ class Config:
             raise_all(validation_problems(error, config_class, section, self._place))
             raise
 
-    def check_modules(self, names: Collection[str]) -> None:
-        """Refuse a `models.<name>` that no module of the flows has."""
-        raise_all(
-            [
-                unknown_key(("models", name), names, self._place)
-                for name in self._models
-                if name not in names
-            ]
-        )
+    def check_modules(self, names: Collection[str], *, only_typos: bool = False) -> None:
+        """Refuse a `models.<name>` that no module of the flows has (`only_typos`: that is close to one)."""
+        unknown = [name for name in self._models if name not in names]
+        if only_typos:
+            unknown = [n for n in unknown if difflib.get_close_matches(n, list(names), 1, 0.8)]
+        raise_all([unknown_key(("models", name), names, self._place) for name in unknown])
 
     def provenance(self, path: str) -> str:
         """Tell who set `path`: `default`, `code`, `grpo.yaml:3`, `override` or `command line`."""

@@ -44,8 +44,11 @@ class Engine:
         self.trainer = _component(trainer, Trainer, "set_trainer")
         self.evaluator = _component(evaluator, Evaluator, "set_evaluator")
 
-    def learn(self) -> RunResult | None:
+    def learn(self) -> RunResult:
         """Run `runtime.num_episode` episodes; the whole loop stands here.
+
+        Every call is a new run: modules are set up anew, whatever they learned before. An engine with an evaluator
+        alone evaluates once.
 
         Raises:
             ChatLearnError: something is wrong with the flows, the configuration or the data (before any module is
@@ -53,13 +56,10 @@ class Engine:
         """
         intercept(self)
         program = self._checked()
-        if program.data_owner is None:
-            self.eval()
-            return None
         try:
             with Run(program, self._set_stage(program), self.evaluator) as run:
                 run.sync_parameters(first=True)
-                if run.config.enable_eval_before_training and run.state.episode == 0:
+                if run.evaluates_first:
                     run.evaluate()
                 for _ in run.episodes():
                     run.generate_and_train()
@@ -126,11 +126,12 @@ class Engine:
 
     def stop(self) -> None:
         """Release the modules; safe to call twice and after a failure."""
+        if self.evaluator is not None:
+            self.evaluator.was_stopped |= self._stage is not None
+            self.evaluator.stop()
         if self._stage is not None:
             self._stage.close()
             self._stage = None
-        if self.evaluator is not None:
-            self.evaluator.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +154,7 @@ class Engine:
             self.stop()
         self._stage = Stage(program.modules, program.config.runtime)
         if self.evaluator is not None:
-            self.evaluator.stage = self._stage
+            self.evaluator.stage, self.evaluator.was_stopped = self._stage, False
         return self._stage
 
 

@@ -16,7 +16,7 @@ from chatlearn.flow.trace import Flow, trace
 from chatlearn.inspection import intercept
 from chatlearn.observability.metrics import EpisodeMetrics
 from chatlearn.program import Program, compile_program, raise_problems
-from chatlearn.runtime.local import CallReport, Observer
+from chatlearn.runtime.local import CallReport, Observer, Starting
 from chatlearn.stage import Results, Stage
 
 PostProcess = Callable[[Results, "EvalInfo"], Any]
@@ -113,6 +113,8 @@ class Evaluator(Executor):
         self.post_process: PostProcess | None = None
         self.stage: Stage | None = None
         """The modules, set up: by `eval()` itself, or by the engine that this evaluator belongs to."""
+        self.was_stopped = False
+        """Whether the engine that trained these modules was stopped: what they learned is released."""
         self.metrics: dict[str, float] = {}
         """What the last evaluation measured: `<module>/<name>` as logged, and what the hook returned."""
 
@@ -131,6 +133,11 @@ class Evaluator(Executor):
         intercept(self)
         program = self.check()
         raise_problems(program.problems)
+        if self.was_stopped:
+            raise EngineError(
+                "the engine that trained these modules was stopped, so their weights are released",
+                fix="evaluate before engine.stop(), or set a new evaluator up on the exported model",
+            )
         if self.stage is None:
             stage = Stage(program.modules, program.config.runtime)
             stage.set_up()
@@ -138,7 +145,14 @@ class Evaluator(Executor):
         return self.run(self.stage, program.graphs[self.flow_name], EvalInfo.of(-1, 0))
 
     def run(
-        self, stage: Stage, graph: FlowGraph, info: EvalInfo, observer: Observer | None = None
+        self,
+        stage: Stage,
+        graph: FlowGraph,
+        info: EvalInfo,
+        *,
+        starting: Starting | None = None,
+        observer: Observer | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Results:
         """Evaluate on a stage whose modules are set up; leaves what was measured in `metrics`."""
         measured = EpisodeMetrics()
@@ -149,7 +163,12 @@ class Evaluator(Executor):
                 observer(call)
 
         results = stage.evaluate(
-            graph, self.rows(), episode=info.episode_iteration + 1, observer=observe
+            graph,
+            self.rows(),
+            episode=info.episode_iteration + 1,
+            starting=starting,
+            observer=observe,
+            interrupted=interrupted,
         )
         self.metrics = measured.summary()
         if self.post_process is not None:

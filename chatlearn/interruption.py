@@ -25,6 +25,8 @@ class Interruption:
         self._handlers: dict[int, Any] = {}
         self.is_forced = False
         """Whether a second signal has ended the work wherever it was."""
+        self.may_raise = False
+        """Whether nothing is lost if the first signal ends the work wherever it is, as in setup."""
 
     @property
     def requested(self) -> bool:
@@ -54,4 +56,8 @@ class Interruption:
             self.is_forced = True
             raise KeyboardInterrupt
         self._number = number
-        sys.stderr.write("\nstopping at the next safe point; once more stops right here\n")
+        if self.may_raise:
+            raise KeyboardInterrupt
+        sys.stderr.write(
+            "\nstopping at the next safe point, then saving; once more stops right here without saving\n"
+        )

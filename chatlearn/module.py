@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard
 
 from chatlearn.config import Config as RunConfig
@@ -53,6 +53,8 @@ class ModuleState:
     """Values that all modules of an engine share."""
     metrics: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """What the current call has logged."""
+    turn: int = 0
+    """Which call of its method in the flow the current one is: part of the key of a sample's random numbers."""
     is_set_up: bool = False
     """Whether `setup()` has run since the module was last released."""
 
@@ -118,9 +120,11 @@ class BaseModule:
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if name.startswith("_") or type(value) is not MethodType or value.__self__ is not self:
-            return value
-        return MethodType(_traceable(value.__func__, name), self)
+        if type(value) is MethodType and value.__self__ is self and not name.startswith("__"):
+            return MethodType(_traceable(value.__func__, name), self)
+        if type(value) is FunctionType and ACTIVE_TRACER.get() is not None:  # a static method
+            return functools.partial(_traceable_static(value, name), self)
+        return value
 
     # ---- configuration -------------------------------------------------------------------------------------------
 
@@ -268,5 +272,17 @@ def _traceable(function: Callable[..., Any], method: str) -> Callable[..., Any]:
         if tracer is not None and tracer.is_symbolic(args, kwargs):
             return tracer.record(self, method, args, kwargs)
         return function(self, *args, **kwargs)
+
+    return call
+
+
+def _traceable_static(function: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """Do for a static method what `_traceable` does for a bound one."""
+
+    def call(module: BaseModule, *args: Any, **kwargs: Any) -> Any:
+        tracer = ACTIVE_TRACER.get()
+        if tracer is not None and tracer.is_symbolic(args, kwargs):
+            return tracer.record(module, method, args, kwargs)
+        return function(*args, **kwargs)
 
     return call

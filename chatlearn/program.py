@@ -3,15 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 from chatlearn.arithmetic import EpisodePlan, episode_plan
 from chatlearn.config import Config, ModuleConfig
 from chatlearn.data.prompts import Rows, Source
 from chatlearn.data.sampler import PromptSampler
-from chatlearn.errors import ChatLearnError, ConfigError, DataError, FlowError
+from chatlearn.errors import (
+    ChatLearnError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FlowError,
+    OutputError,
+)
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.trace import check_names
 from chatlearn.module import BaseModule, resolve_config, resolved_config
@@ -49,6 +58,8 @@ class Program:
     graphs: dict[str, FlowGraph] = field(default_factory=dict[str, FlowGraph])
     modules: list[BaseModule] = field(default_factory=list[BaseModule])
     problems: list[ChatLearnError] = field(default_factory=list[ChatLearnError])
+    notes: list[str] = field(default_factory=list[str])
+    """What is no mistake, but may surprise."""
 
     @property
     def data_owner(self) -> Executor | None:
@@ -87,18 +98,20 @@ def compile_program(
 ) -> Program:
     """Trace and validate flows; what is wrong stands in `problems`, all of it at once."""
     program = Program(config, environment, trainer, evaluator, sync_pairs)
-    checks = [_trace, _check_modules, _check_backend, _check_syncs, _check_data, _check_arithmetic]
-    for check in checks:
-        try:
-            check(program)
-        except ChatLearnError as error:
-            program.problems.append(error)
-    if not program.problems:
-        try:
-            _check_graphs(program)
-        except ChatLearnError as error:
-            program.problems.append(error)
+    for check in (_trace, _check_modules, _check_backend, _check_syncs, _check_data, _check_places):
+        _collect(program, check)
+    _collect(program, _check_arithmetic)
+    if not program.problems:  # what needs a module's configuration, or whole graphs
+        _collect(program, _check_graphs)
+        _collect(program, _check_placement)
     return program
+
+
+def _collect(program: Program, check: Callable[[Program], None]) -> None:
+    try:
+        check(program)
+    except ChatLearnError as error:
+        program.problems.append(error)
 
 
 def raise_problems(problems: Sequence[ChatLearnError]) -> None:
@@ -135,9 +148,11 @@ def _check_modules(program: Program) -> None:
             program.problems.append(error)
         else:
             program.problems += module.check_config()
-    has_training = program.environment is not None or program.trainer is not None
-    if has_training and len(program.graphs) == _count_executors(program):
-        program.config.check_modules([module.name for module in program.modules])
+    if len(program.graphs) == _count_executors(program):
+        has_training = program.environment is not None or program.trainer is not None
+        names = [module.name for module in program.modules]
+        # One file serves training and evaluation: alone, an evaluator refuses only what looks like a typo.
+        program.config.check_modules(names, only_typos=not has_training)
 
 
 def _count_executors(program: Program) -> int:
@@ -158,6 +173,74 @@ def _check_backend(program: Program) -> None:
                 place=program.config.provenance(f"runtime.{key}"),
                 fix="take it out",
             )
+    if program.config.runtime.max_staleness:
+        raise ConfigError(
+            "runtime.max_staleness is not available in this version: in one process samples are never stale",
+            place=program.config.provenance("runtime.max_staleness"),
+            fix="leave it at 0",
+        )
+
+
+def _check_placement(program: Program) -> None:
+    """Refuse names that do not exist, and say what has no effect in one process."""
+    config, names = program.config, [module.name for module in program.modules]
+    for name in (name for group in config.runtime.colocation for name in group):
+        if name not in names:
+            raise ConfigError(
+                f"runtime.colocation names {name!r}, which is no module of the flows",
+                place=config.provenance("runtime.colocation"),
+                fix=f"the modules are {', '.join(names)}",
+            )
+    trainer = program.graphs.get("trainer_flow")
+    trained = {module.name for module in (trainer.modules if trainer else ())}
+    for module in program.modules:
+        resolved = resolved_config(module)
+        key = f"models.{module.name}"
+        if config.provenance(f"{key}.trainable") != "default" and resolved.trainable != (
+            module.name in trained
+        ):
+            where = "stands in" if module.name in trained else "is not in"
+            program.problems.append(
+                ConfigError(
+                    f"{key}.trainable={resolved.trainable}, but the module {where} the trainer flow",
+                    place=config.provenance(f"{key}.trainable"),
+                    fix="take the key out: a module is trained if the trainer flow calls it",
+                )
+            )
+        idle = [
+            k for k in ("num_process", "num_gpu") if config.provenance(f"{key}.{k}") != "default"
+        ]
+        if idle:
+            program.notes.append(
+                f"{', '.join(f'{key}.{k}' for k in idle)}: no effect in one process (runtime.backend=local)"
+            )
+    if config.runtime.colocation:
+        program.notes.append("runtime.colocation: no effect in one process (runtime.backend=local)")
+
+
+def _check_places(program: Program) -> None:
+    """Refuse an output folder that cannot be made, and a checkpoint that is not there."""
+    runtime = program.config.runtime
+    if (
+        runtime.resume not in ("never", "auto")
+        and not Path(runtime.resume, "checkpoint.json").is_file()
+    ):
+        raise CheckpointError(
+            f"runtime.resume={runtime.resume!r} names no checkpoint",
+            place=program.config.provenance("runtime.resume"),
+            fix="name a folder such as <output_dir>/checkpoints/episode-000012, or use auto",
+        )
+    if runtime.output_dir is None:
+        return
+    parent = next(
+        p for p in (runtime.output_dir, *runtime.output_dir.absolute().parents) if p.exists()
+    )
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"the output folder cannot be used: {parent} is no folder that can be written",
+            place=program.config.provenance("runtime.output_dir"),
+            fix="choose another folder with runtime.output_dir=...",
+        )
 
 
 def _check_graphs(program: Program) -> None:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,11 @@ class Run:
         self._resume_from: Path | None = None
         self._rng_to_save: checkpoints.RngStates | None = None
         self._module_seconds = 0.0
+        self._open_episode: int | None = None
         self._interruption = Interruption()
+        self._is_whole = True
+        """Whether modules are as the end of an episode left them."""
+        self._syncs: Syncs | None = None
 
     # ---- start and end --------------------------------------------------------------------------------------------
 
@@ -69,8 +74,13 @@ class Run:
         self._recorder = Recorder(self.program.config, goes_on=self._checkpointing.goes_on_in)
         try:
             self._begin()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self._end(error)
+            if self._interruption.requested and isinstance(error, KeyboardInterrupt):
+                sys.stderr.write(
+                    "stopped during setup: nothing has been trained, nothing is saved\n"
+                )
+                raise SystemExit(self._interruption.exit_code) from None
             raise
         return self
 
@@ -80,6 +90,7 @@ class Run:
         self._resume_from = self._checkpointing.to_resume(folder.checkpoints)
         done = RunState.read(self._resume_from).episode if self._resume_from else 0
         self._interruption.catch()
+        self._interruption.may_raise = True
         self._recorder.start(
             self.program.graphs,
             self.program.module_configs,
@@ -89,7 +100,9 @@ class Run:
         )
         checkpoints.seed_all(self.config.seed)  # initial weights, and whatever modules draw
         with self._recorder.phase("setup"):
-            self.stage.set_up()
+            self.stage.set_up(
+                anew=True
+            )  # a run starts from what setup() makes, whatever ran before
         self._sampler, self._datasets = self._sampler_over_datasets()
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
         self._syncs = Syncs(self.program, self.stage, self.config)
@@ -100,10 +113,11 @@ class Run:
             self._recorder.note(
                 f"resumed from {self._resume_from}: {self.state.episode} episodes done"
             )
-        for workers in self.stage.runtime.workers.values():
-            for worker in workers:
-                worker.module.progress = self._recorder.tick
+        self._show_progress_of_calls(self._tick)
+        for note in self.program.notes:
+            self._recorder.note(note)
         self._recorder.begin()
+        self._interruption.may_raise = False
 
     def __exit__(
         self,
@@ -116,14 +130,21 @@ class Run:
         try:
             if error is None or (stopped and not interruption.is_forced):
                 self._finish(complete=not stopped)
+            elif isinstance(error, Exception):
+                self._keep_what_was_done()
         finally:
-            self._end()
+            self._end(KeyboardInterrupt() if stopped else error)
         if stopped:
             raise SystemExit(interruption.exit_code) from None
 
     def _finish(self, *, complete: bool) -> None:
         """Leave a checkpoint, the trained model, the report."""
-        self._save()
+        if self._open_episode == self.state.episode:
+            self._close_episode()  # interrupted in its evaluation
+        if self.program.data_owner is not None:
+            self._save()
+        if not complete:
+            self._recorder.note("stopped; the same command with runtime.resume=auto goes on")
         if complete:
             self._export()
         self.result.episodes = self.state.episode
@@ -132,9 +153,35 @@ class Run:
         self.result.seconds = time.perf_counter() - self._start
         self._recorder.finish(self.state.episode, self.result.seconds, complete=complete)
 
-    def _end(self) -> None:
+    def _tick(self, tokens: int) -> None:
+        """Take note of tokens of a call under way; end the call if a signal asks to and nothing is lost by it."""
+        self._recorder.tick(tokens)
+        if self._interruption.requested and not self.stage.runtime.has_trained:
+            raise KeyboardInterrupt
+
+    def _show_progress_of_calls(self, tick: Callable[[int], None] | None) -> None:
+        for workers in self.stage.runtime.workers.values():
+            for worker in workers:
+                worker.module.progress = tick
+
+    def _keep_what_was_done(self) -> None:
+        """After a failure, leave the episodes that are done, if no train step has touched them since."""
+        if self.state.episode == 0 or not self._is_whole:
+            return
+        try:
+            self._save()
+            self._recorder.finish(
+                self.state.episode, time.perf_counter() - self._start, complete=False
+            )
+        except Exception as error:  # noqa: BLE001 - the failure that ended the run is the one to show
+            self._recorder.note(f"what was done could not be saved: {error}")
+
+    def _end(self, error: BaseException | None) -> None:
+        self._show_progress_of_calls(None)
+        if self._syncs is not None:
+            self._syncs.release()
         self._interruption.release()
-        self._recorder.close()
+        self._recorder.close(error)
 
     def _export(self) -> None:
         """Write trained models in a format others load: `model/`, or `model/<name>/` for several."""
@@ -150,8 +197,16 @@ class Run:
 
     # ---- the steps of an episode ----------------------------------------------------------------------------------
 
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether to evaluate before the first episode: if asked to, or if nothing else is to be done."""
+        alone = self.program.data_owner is None
+        return alone or (self.config.enable_eval_before_training and self.state.episode == 0)
+
     def episodes(self) -> Iterator[int]:
         """Yield the episodes that are left, `before_episode` and `after_episode` around each."""
+        if self.program.data_owner is None:
+            return
         if self.state.episode >= self.config.num_episode and self._resume_from is not None:
             self._recorder.note(
                 f"nothing left to do: {self.state.episode} of {self.config.num_episode} episodes are done"
@@ -159,11 +214,17 @@ class Run:
         while self.state.episode < self.config.num_episode and not self._interruption.requested:
             self._recorder.begin_episode(self.state.episode + 1)
             self.stage.runtime.hook("before_episode", episode=self.state.episode + 1)
+            self._open_episode = self.state.episode + 1
             yield self.state.episode
-            self.stage.runtime.hook("after_episode", episode=self.state.episode)
-            self.result.metrics = self._recorder.episode_done(
-                self.state.episode, self.state.train_iteration, self._module_seconds
-            )
+            self._close_episode()
+
+    def _close_episode(self) -> None:
+        """End an episode that is done: the last hooks, its row of metrics."""
+        self._open_episode = None
+        self.stage.runtime.hook("after_episode", episode=self.state.episode)
+        self.result.metrics = self._recorder.episode_done(
+            self.state.episode, self.state.train_iteration, self._module_seconds
+        )
 
     def generate_and_train(self) -> None:
         """Run the environment flow and, as its samples allow, the trainer flow."""
@@ -173,7 +234,8 @@ class Run:
         rng = checkpoints.rng_states()
         draws = self._sampler.draw(self._plan.prompts)
         feed = Feed(self._datasets, draws, self._plan.group_size, drawn)
-        flow = FlowWork(graphs["env_flow"], feed) if "env_flow" in graphs else None
+        is_read = "trainer_flow" in graphs
+        flow = FlowWork(graphs["env_flow"], feed, is_read) if "env_flow" in graphs else None
         trainer = None
         if "trainer_flow" in graphs:
             samples = None if flow else feed.batch(0, len(feed))
@@ -185,19 +247,25 @@ class Run:
                 flow=flow,
                 trainer=trainer,
                 batch_size=self.config.generation_batch_size,
+                starting=self._recorder.starting,
                 observer=self._recorder.call,
                 interrupted=lambda: self._interruption.requested,
             )
-        except KeyboardInterrupt:
-            # Nothing was trained: go back to where the episode began, so that the checkpoint repeats it.
-            self._sampler.drawn, self._rng_to_save = drawn, rng
-            self.stage.iterations.clear()
-            self.stage.iterations.update(counts)
+        except BaseException:
+            self._is_whole = not self.stage.runtime.has_trained
+            if (
+                self._is_whole
+            ):  # go back to where the episode began, so that a checkpoint repeats it
+                self._sampler.drawn, self._rng_to_save = drawn, rng
+                self.stage.iterations.clear()
+                self.stage.iterations.update(counts)
             raise
+        self._is_whole = False  # until the sync
         self._account(outcome)
 
     def sync_parameters(self, *, first: bool = False) -> None:
         """Carry weights along every pair that is due; behind it, the episode counts as done."""
+        assert self._syncs is not None
         with self._recorder.phase("sync"):
             if first:
                 self._syncs.run_first(self._recorder, resumed=self._resume_from is not None)
@@ -205,6 +273,7 @@ class Run:
                 self._syncs.run_due(self._recorder, self.state.episode + 1)
         if not first:
             self.state.episode += 1
+            self._is_whole = True
 
     def evaluate_if_due(self) -> None:
         """Run the evaluation flow every `eval_episode_interval` episodes."""
@@ -219,7 +288,13 @@ class Run:
         graph = self.program.graphs["eval_flow"]
         info = EvalInfo.of(self.state.episode - 1, self.state.train_iteration)
         with self._recorder.phase("evaluation"):
-            results = evaluator.run(self.stage, graph, info, self._recorder.evaluation_call)
+            results = evaluator.run(
+                self.stage,
+                graph,
+                info,
+                observer=self._recorder.evaluation_call,
+                interrupted=lambda: self._interruption.requested,
+            )
         self._recorder.evaluation_done(self.state.episode, results, evaluator.metrics)
         return results
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from chatlearn.config import RuntimeConfig
@@ -16,7 +16,7 @@ from chatlearn.errors import DataError
 from chatlearn.flow.batching import Batch
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.module import BaseModule
-from chatlearn.runtime.local import FlowWork, LocalRuntime, Observer
+from chatlearn.runtime.local import FlowWork, LocalRuntime, Observer, Starting
 from chatlearn.runtime.scheduler import Iterations
 
 Results = dict[str, list[Batch]]
@@ -32,9 +32,9 @@ class Stage:
         self.runtime = LocalRuntime(self.modules)
         self._eval_datasets: tuple[Sequence[Rows], list[Dataset]] | None = None
 
-    def set_up(self) -> None:
+    def set_up(self, *, anew: bool = False) -> None:
         """Run every module's `setup()`, but for those that another stage in this process has set up."""
-        self.runtime.set_up()
+        self.runtime.set_up(anew=anew)
 
     def build_datasets(
         self, graph: FlowGraph, sources: Sequence[Rows], *, is_eval: bool
@@ -69,7 +69,9 @@ class Stage:
         rows: Sequence[Rows],
         *,
         episode: int = 0,
+        starting: Starting | None = None,
         observer: Observer | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Results:
         """Run an evaluation flow over whole datasets, each sample once, in order.
 
@@ -85,7 +87,9 @@ class Stage:
             self.iterations,
             flow=FlowWork(graph, Feed(datasets, draws, group_size=1)),
             batch_size=self.config.generation_batch_size,
+            starting=starting,
             observer=observer,
+            interrupted=interrupted,
         )
         results: Results = {}
         for node, batches in outcome.results.items():

@@ -58,6 +58,11 @@ class Syncs:
             if episodes % pair.frequency == 0:
                 self._run(pair, recorder)
 
+    def release(self) -> None:
+        """Give destinations storage of their own: a later engine may train with either side."""
+        for pair in self._pairs:
+            pair.sync.release()
+
     @staticmethod
     def _run(pair: _Pair, recorder: Recorder) -> None:
         report = pair.sync.run()

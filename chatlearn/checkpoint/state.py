@@ -34,6 +34,8 @@ class RunState:
     """Calls so far of each `module.method`."""
     policy_versions: dict[str, int] = field(default_factory=dict[str, int])
     """Parameter syncs received, per module."""
+    sampling: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Configuration that a resumed run must share: it numbers samples and seeds them."""
     config_digest: str = ""
     """SHA-256 of the resolved configuration."""
     files: dict[str, int] = field(default_factory=dict[str, int])

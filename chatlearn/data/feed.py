@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from chatlearn.columns import PROMPT_UID, UID
 from chatlearn.data.sampler import Draw
 from chatlearn.errors import ChatLearnError, DataError
-from chatlearn.flow.batching import Batch, collate, isolate, normalise, size
+from chatlearn.flow.batching import Batch, collate, isolate, merge, normalise, size
 
 
 class Dataset(Protocol):
@@ -52,16 +53,27 @@ class Feed:
 
     def batch(self, start: int, stop: int) -> Batch:
         """Return samples `start` to `stop`, with their `uid` and `prompt_uid`."""
-        draws = [self._draws[i // self._group_size] for i in range(start, stop)]
-        rows = [self._row(i // self._group_size) for i in range(start, stop)]
-        dataset = self._datasets[draws[0].dataset]
+        parts: list[Batch] = []
+        by_dataset = groupby(
+            range(start, stop), lambda i: self._draws[i // self._group_size].dataset
+        )
+        for number, positions in by_dataset:
+            rows = [self._row(i // self._group_size) for i in positions]
+            parts.append(self._collated(self._datasets[number], rows))
+        batch = merge(parts, "rows of several datasets")
+        batch[UID] = torch.tensor(self.uids[start:stop], dtype=torch.long)
+        batch[PROMPT_UID] = torch.tensor(self.groups[start:stop], dtype=torch.long)
+        return batch
+
+    @staticmethod
+    def _collated(dataset: Dataset, rows: list[Any]) -> Batch:
         collate_fn = getattr(dataset, "collate_fn", None)
         place = f"{type(dataset).__name__}.collate_fn"
         made = collate(rows) if collate_fn is None else _guarded(place, collate_fn, rows)
         batch = isolate(normalise(made, place))
-        if size(batch) not in (0, stop - start):
+        if size(batch) not in (0, len(rows)):
             raise DataError(
-                f"collate_fn made {size(batch)} samples of {stop - start} rows",
+                f"collate_fn made {size(batch)} samples of {len(rows)} rows",
                 place=place,
                 fix="return one entry per row in every column",
             )
@@ -71,8 +83,6 @@ class Feed:
                 place=type(dataset).__name__,
                 fix="rename them",
             )
-        batch[UID] = torch.tensor(self.uids[start:stop], dtype=torch.long)
-        batch[PROMPT_UID] = torch.tensor(self.groups[start:stop], dtype=torch.long)
         return batch
 
     def _row(self, prompt: int) -> Any:

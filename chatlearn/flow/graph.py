@@ -34,6 +34,8 @@ class Node:
     """Control dependencies: nodes that must have finished a batch before this node runs it."""
     constants: dict[str, Any] = field(default_factory=dict[str, Any])
     """Arguments that are plain Python values, passed by keyword."""
+    turn: int = 0
+    """How often this method of this module was called before in the flow."""
     place: str = ""
     """`file:line` of the call in the user's code."""
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from chatlearn.errors import FlowError, SymbolError
 
@@ -41,15 +41,21 @@ def _is_ours(filename: str) -> bool:
     return filename.startswith((_PACKAGE, "<frozen"))
 
 
+class Trace(Protocol):
+    """What a symbol belongs to."""
+
+    refused: FlowError | None
+
+
 class Symbol:
     """Stand for the output of node `node` of the trace `trace` (or for the flow's own batch)."""
 
     __slots__ = ("label", "node", "trace")
-    trace: object
+    trace: Trace
     node: int
     label: str
 
-    def __init__(self, trace: object, node: int, label: str) -> None:
+    def __init__(self, trace: Trace, node: int, label: str) -> None:
         for name, value in (("trace", trace), ("node", node), ("label", label)):
             object.__setattr__(self, name, value)
 
@@ -119,9 +125,11 @@ _REFUSALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 def _refusal(verb: str, fix: str) -> Callable[..., NoReturn]:
     def refuse(self: Symbol, *_: Any, **__: Any) -> NoReturn:
-        raise FlowError(
+        error = FlowError(
             f"cannot {verb} {self!r} while a flow is traced", place=user_place(), fix=fix
         )
+        self.trace.refused = self.trace.refused or error  # should the user's code swallow it
+        raise error
 
     return refuse
 

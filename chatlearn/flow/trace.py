@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -130,6 +131,8 @@ class _Trace:
         self._nodes: list[Node] = []
         self._waits: list[tuple[ControlDependencies, ...]] = []
         self._calls: dict[str, int] = {}
+        self.refused: FlowError | None = None
+        """The first use of a symbol that was refused."""
 
     def is_symbolic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(_holds_symbol(value) for value in (*args, *kwargs.values()))
@@ -167,6 +170,12 @@ class _Trace:
                     place=place,
                     fix="pass them as separate arguments; the engine merges them into one batch",
                 )
+            elif key == "iteration":
+                raise FlowError(
+                    f"{module.name}.{method} got iteration={value!r}, but the engine counts iterations",
+                    place=place,
+                    fix="leave it out, or give the parameter another name",
+                )
             elif key is None:
                 raise FlowError(
                     f"{module.name}.{method} takes no argument for the plain value {value!r}",
@@ -179,12 +188,16 @@ class _Trace:
         name = f"{module.name}.{method}"
         count = self._calls[name] = self._calls.get(name, 0) + 1
         name = name if count == 1 else f"{name}#{count}"
-        node = Node(index, name, module, method, tuple(inputs), (), constants, place)
+        node = Node(
+            index, name, module, method, tuple(inputs), (), constants, turn=count - 1, place=place
+        )
         self._nodes.append(node)
         self._waits.append(_CONTROL.get())
         return Symbol(self, index, f"output of {name}")
 
     def finish(self, returned: Any, place: str) -> FlowGraph:
+        if self.refused is not None:
+            raise self.refused
         if not self._nodes:
             raise FlowError(
                 f"the flow {self.name} calls no module",
@@ -231,7 +244,11 @@ def _named_arguments(
     module: BaseModule, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: str
 ) -> list[tuple[str | None, Any]]:
     """Pair plain positional values with the parameters that follow `data` (and `iteration`, which is ours)."""
-    parameters = list(inspect.signature(getattr(module, method)).parameters.values())
+    function = inspect.getattr_static(module, method)
+    function = function.__func__ if isinstance(function, staticmethod) else getattr(module, method)
+    if isinstance(function, partial):  # a plain function kept on the module, wrapped while tracing
+        function = vars(module).get(method, function)
+    parameters = list(inspect.signature(function).parameters.values())
     if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
         raise FlowError(
             f"{module.name}.{method} takes no `data`",

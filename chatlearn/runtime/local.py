@@ -59,6 +59,7 @@ class CallReport:
 
 
 Observer = Callable[[CallReport], None]
+Starting = Callable[[str, str, bool], None]
 
 
 @dataclass
@@ -67,6 +68,8 @@ class FlowWork:
 
     graph: FlowGraph
     feed: Feed
+    needs_output: bool = True
+    """Whether somebody reads what the flow returns."""
 
 
 @dataclass
@@ -102,6 +105,8 @@ class LocalRuntime:
 
     def __init__(self, modules: Sequence[BaseModule]) -> None:
         self._loop = EventLoop()
+        self.has_trained = False
+        """Whether the run of flows under way, or the last one, has made a train step."""
         shared: dict[str, Any] = {}
         self.workers: dict[str, list[Worker]] = {}
         for module in modules:
@@ -114,14 +119,17 @@ class LocalRuntime:
                 replica.replica_id = replica_id
             self.workers[module.name] = [Worker(replica, self._loop) for replica in replicas]
 
-    def set_up(self) -> None:
-        """Run `setup()` of every replica that is not set up yet; replicas of a module draw the same numbers in it."""
+    def set_up(self, *, anew: bool) -> None:
+        """Run `setup()` of every replica (if not `anew`, of those that are not set up yet).
+
+        Replicas of a module draw the same random numbers in it.
+        """
         for workers in self.workers.values():
             drawn = torch.get_rng_state(), random.getstate()
             for worker in workers:
                 torch.set_rng_state(drawn[0])
                 random.setstate(drawn[1])
-                worker.set_up()
+                worker.set_up(anew=anew)
 
     def hook(self, name: str, *args: Any, episode: int = 0) -> None:
         """Call a hook on every replica of all modules."""
@@ -144,17 +152,29 @@ class LocalRuntime:
         flow: FlowWork | None = None,
         trainer: TrainWork | None = None,
         batch_size: int | None = None,
+        starting: Starting | None = None,
         observer: Observer | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Outcome:
         """Run a flow, a trainer flow, or one feeding the other, to their end.
+
+        Args:
+            episode: number from 1, for errors.
+            iterations: call counts; go on over episodes.
+            flow: what samples, or evaluates.
+            trainer: what learns.
+            batch_size: samples per call of modules that set none of their own.
+            starting: told of every call before it is made: module, method, whether it trains.
+            observer: told of every call when it is finished.
+            interrupted: asked before every call whether to stop.
 
         Raises:
             ModuleError: a module's method raised.
             BatchError: a module returned something that breaks the rules of batches.
             KeyboardInterrupt: `interrupted()` was true before a train step had changed anything.
         """
-        return _Pass(self, episode, flow, trainer, observer, interrupted).run(
+        self.has_trained = False
+        return _Pass(self, episode, flow, trainer, starting, observer, interrupted).run(
             iterations, batch_size
         )
 
@@ -168,9 +188,11 @@ class _Pass:
         episode: int,
         flow: FlowWork | None,
         trainer: TrainWork | None,
+        starting: Starting | None,
         observer: Observer | None,
         interrupted: Callable[[], bool],
     ) -> None:
+        self._starting = starting
         self._runtime = runtime
         self._episode = episode
         self._flow = flow
@@ -180,7 +202,6 @@ class _Pass:
         self._outputs: dict[int, Batch] = {}
         self._step_outputs: dict[int, list[Batch]] = {}
         self._outcome = Outcome()
-        self._has_trained = False
 
     def run(self, iterations: Iterations, batch_size: int | None) -> Outcome:
         flow, trainer, runtime = self._flow, self._trainer, self._runtime
@@ -204,7 +225,7 @@ class _Pass:
             self._take(scheduler.deliver(size(trainer.samples)), queue)
         while queue:
             call = heapq.heappop(queue)[2]
-            if not self._has_trained and self._interrupted():
+            if not runtime.has_trained and self._interrupted():
                 raise KeyboardInterrupt
             self._take(scheduler.on(self._carry_out(call)), queue)
         if not scheduler.complete:
@@ -241,14 +262,16 @@ class _Pass:
         graph, spec = self._flow.graph, call.node
         node = graph.nodes[spec.index]
         data = isolate(self._join(call.inputs, spec.inputs, spec.name))
-        result = self._call(call, data, node.constants)
+        result = self._call(call, data, graph)
         place = f"{spec.name}, {node.place}"
         kept = None
         if result.value is None:
             self._refuse_missing(graph, spec.index, place)
+            self._outputs[call.id] = {}
             kept = () if spec.filters else None
         else:
-            output = self._outputs[call.id] = normalise(result.value, place)
+            # A copy: the module may keep what it returned and write into it in its next call.
+            output = self._outputs[call.id] = isolate(normalise(result.value, place))
             if spec.filters:
                 kept = _kept(call, output, place)
             elif output and size(output) != len(call.uids):
@@ -271,8 +294,8 @@ class _Pass:
             isolate(join(list(zip(names, parts, strict=True)), call.node.name))
             for parts in zip(*per_input, strict=True)
         ]
-        self._has_trained = True
-        result = self._call(call, data_list, node.constants)
+        self._runtime.has_trained = True
+        result = self._call(call, data_list, self._trainer.graph)
         if any(node.index in other.inputs for other in self._trainer.graph.nodes):
             output = _step_output(result.value, len(data_list), f"{node.name}, {node.place}")
             self._step_outputs[call.id] = output
@@ -286,13 +309,16 @@ class _Pass:
             return [self._outcome.samples.gather(part) for part in call.step.micro_batches]
         return self._step_outputs[piece.call]
 
-    def _call(self, call: Call, data: Batch | list[Batch], constants: Mapping[str, Any]) -> Result:
+    def _call(self, call: Call, data: Batch | list[Batch], graph: FlowGraph) -> Result:
         uids = call.uids
         if call.step is not None and self._outcome.uids:
             uids = [self._outcome.uids[i] for part in call.step.micro_batches for i in part]
+        if self._starting is not None:
+            self._starting(call.node.module, call.node.method, call.step is not None)
         worker = self._runtime.workers[call.node.module][call.replica]
-        where = Where(self._episode, uids)
-        result = worker.step(call.node.method, data, call.iteration, constants, where)
+        node = graph.nodes[call.node.index]
+        where = Where(self._episode, uids, node.turn)
+        result = worker.step(node.method, data, call.iteration, node.constants, where)
         self._outcome.module_seconds += result.seconds
         return result
 
@@ -325,7 +351,10 @@ class _Pass:
     def _refuse_missing(self, graph: FlowGraph, index: int, place: str) -> None:
         """A node may return nothing, unless somebody takes its output."""
         takers = [node.name for node in graph.nodes if index in node.inputs]
-        if index in graph.outputs:
+        unread = (
+            self._flow is not None and graph is self._flow.graph and not self._flow.needs_output
+        )
+        if index in graph.outputs and not unread:
             takers.append(f"what {graph.name} returns")
         if takers:
             raise BatchError(
@@ -351,7 +380,7 @@ def _step_output(value: Any, micro_batches: int, place: str) -> list[Batch]:
             place=place,
             fix="return a list with one dict of columns per micro-batch of data_list",
         )
-    return [normalise(part, place) for part in parts]
+    return [isolate(normalise(part, place)) for part in parts]
 
 
 def _kept(call: Call, output: Batch, place: str) -> tuple[int, ...]:
@@ -369,9 +398,10 @@ def _kept(call: Call, output: Batch, place: str) -> tuple[int, ...]:
 
 
 def _copy_of(module: BaseModule) -> BaseModule:
-    shared = state_of(module).shared
+    shared, progress = state_of(module).shared, module.progress
+    memo: dict[int, Any] = {id(kept): kept for kept in (shared, progress) if kept is not None}
     try:
-        return copy.deepcopy(module, {id(shared): shared})
+        return copy.deepcopy(module, memo)
     except Exception as error:
         raise ConfigError(
             f"module {module.name!r} cannot be copied for num_replica > 1: {error}",

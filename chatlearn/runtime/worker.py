@@ -20,11 +20,13 @@ _SHOWN_UIDS = 16
 
 @dataclass(frozen=True)
 class Where:
-    """The context of a call, for errors."""
+    """The context of a call, for errors and for the keys of random numbers."""
 
     episode: int = 0
     """Number of the episode from 1; 0 before the first and outside runs."""
     uids: Sequence[int] = ()
+    turn: int = 0
+    """Which call of its method in the flow this is."""
 
 
 @dataclass
@@ -88,7 +90,8 @@ class Worker:
         where: Where,
     ) -> Result:
         """Call a step method with `data` (and `iteration`, if its signature has it)."""
-        padding = state_of(self.module).padding
+        state = state_of(self.module)
+        state.turn, padding = where.turn, state.padding
         for batch in data if isinstance(data, list) else [data]:
             pad(batch, padding)
         if method not in self._takes_iteration:
@@ -99,9 +102,11 @@ class Worker:
             keywords["iteration"] = iteration
         return self._call(method, getattr(self.module, method), where, (data,), keywords)
 
-    def set_up(self) -> None:
-        """Run `setup()`, unless it has run since the module was last released."""
+    def set_up(self, *, anew: bool = False) -> None:
+        """Run `setup()`; if not `anew`, only if it has not run since the module was last released."""
         state = state_of(self.module)
+        if anew:
+            self.release()
         if not state.is_set_up:
             self.hook("setup")
             state.is_set_up = True

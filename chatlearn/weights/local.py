@@ -69,6 +69,13 @@ class ParameterSync:
         self._share = share
         self._shared = False
 
+    def release(self) -> None:
+        """Give destinations that share storage their own again."""
+        if self._shared:
+            for destination in self._destinations:
+                _own_storage(destination)
+            self._shared = False
+
     @property
     def moves_nothing(self) -> bool:
         """Whether neither side has any parameters (yet)."""
@@ -105,10 +112,10 @@ class ParameterSync:
                 place=self.pair,
                 fix="make self.model in setup(), or override state_dict() and load_state_dict()",
             )
-        own = destination.state_dict()
-        if own:
-            plan_sync(source, own, pair=self.pair)
         keeps = type(destination).load_state_dict is not BaseModule.load_state_dict
+        own = destination.state_dict()
+        if own and not keeps:  # an overridden one may map names
+            plan_sync(source, own, pair=self.pair)
         with torch.no_grad():  # a load_state_dict of the user's may keep what it is given
             destination.load_state_dict(isolate_state(source) if keeps else source)
 

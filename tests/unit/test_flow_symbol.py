@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from chatlearn.flow.symbol import Symbol
 
 
 def symbol() -> Symbol:
-    return Symbol(object(), 0, "output of policy.forward_step")
+    return Symbol(SimpleNamespace(refused=None), 0, "output of policy.forward_step")
 
 
 REFUSED: dict[str, list[Callable[[Any], Any]]] = {

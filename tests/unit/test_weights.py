@@ -32,12 +32,18 @@ class Sampler(Sharer):
     def setup(self) -> None:
         super().setup()
         self.seen: list[torch.Tensor] = []
+        self.shared: set[bool] = set()
 
     @torch.no_grad()
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         logits = self.model(data["ids"]).logits
         self.seen.append(logits)
         return {"ids": data["ids"], "target": logits.argmin(-1)}
+
+    def after_episode(self) -> None:
+        source = self.get("learner")
+        pairs = zip(source.parameters(), self.model.parameters(), strict=True)
+        self.shared |= {a.data_ptr() == b.data_ptr() for a, b in pairs}
 
 
 class Learner(Sharer):
@@ -46,6 +52,7 @@ class Learner(Sharer):
     def setup(self) -> None:
         super().setup()
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.put("learner", self.model)
 
     def train_step(self, data_list: list[dict[str, Any]]) -> None:
         for data in data_list:
@@ -74,9 +81,12 @@ def train(sampler: Sampler, learner: Learner, **runtime: Any) -> tuple[bool, lis
     )
     Engine(env, trainer).set_parameter_sync(learner, sampler).set_dataset(rows).learn()
     pairs = zip(learner.model.parameters(), sampler.model.parameters(), strict=True)
-    shared = {a.data_ptr() == b.data_ptr() for a, b in pairs}
-    assert len(shared) == 1
-    return shared.pop(), [*sampler.seen, *(p.detach().clone() for p in sampler.model.parameters())]
+    assert not any(a.data_ptr() == b.data_ptr() for a, b in pairs), "still shared after the run"
+    assert len(sampler.shared) == 1
+    return sampler.shared.pop(), [
+        *sampler.seen,
+        *(p.detach().clone() for p in sampler.model.parameters()),
+    ]
 
 
 class CopyingSampler(Sampler):

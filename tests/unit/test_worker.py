@@ -185,12 +185,12 @@ def test_set_up_once_until_released() -> None:
             calls.append("setup")
 
     one = worker(Counted("m"))
-    one.set_up()
-    one.set_up()
+    one.set_up(anew=False)
+    one.set_up(anew=False)
     one.module.policy_version = 5
     one.release()
     assert one.module.policy_version == 0
-    one.set_up()
+    one.set_up(anew=False)
     assert calls == ["setup"] * 2
 
 
