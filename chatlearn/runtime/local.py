@@ -8,7 +8,7 @@ import heapq
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
@@ -20,7 +20,6 @@ from chatlearn.flow.batching import (
     join,
     merge,
     normalise,
-    numbers,
     size,
     take,
 )
@@ -28,6 +27,7 @@ from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.flow.steps import StepSource
 from chatlearn.module import BaseModule, resolved_config, state_of
 from chatlearn.runtime.protocol import Call, Command, Deliver, Finished, Piece, node_specs
+from chatlearn.runtime.returned import kept_offsets, returned_numbers, step_output
 from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
 from chatlearn.runtime.store import SampleStore
 from chatlearn.runtime.worker import EventLoop, Result, Where, Worker
@@ -273,7 +273,7 @@ class _Pass:
             # A copy: the module may keep what it returned and write into it in its next call.
             output = self._outputs[call.id] = isolate(normalise(result.value, place))
             if spec.filters:
-                kept = _kept(call, output, place)
+                kept = kept_offsets(call, output, place)
             elif output and size(output) != len(call.uids):
                 raise BatchError(
                     f"{spec.name} returned {size(output)} samples for {len(call.uids)}",
@@ -297,10 +297,10 @@ class _Pass:
         self._runtime.has_trained = True
         result = self._call(call, data_list, self._trainer.graph)
         if any(node.index in other.inputs for other in self._trainer.graph.nodes):
-            output = _step_output(result.value, len(data_list), f"{node.name}, {node.place}")
+            output = step_output(result.value, len(data_list), f"{node.name}, {node.place}")
             self._step_outputs[call.id] = output
         samples = sum(map(len, call.step.micro_batches))
-        self._report(call, result, samples, _returned_numbers(result.value))
+        self._report(call, result, samples, returned_numbers(result.value))
         return Finished(call.id)
 
     def _step_input(self, piece: Piece, call: Call) -> list[Batch]:
@@ -362,39 +362,6 @@ class _Pass:
                 place=place,
                 fix="return a dict of columns from the method (a filter that keeps nothing: empty columns)",
             )
-
-
-def _returned_numbers(value: Any) -> dict[str, float]:
-    """A train step may return its numbers as a dict instead of calling `self.log`."""
-    return numbers(cast("dict[Any, Any]", value)) if isinstance(value, dict) else {}
-
-
-def _step_output(value: Any, micro_batches: int, place: str) -> list[Batch]:
-    """A trainer node's output, for the node that takes it: one batch per micro-batch."""
-    parts = cast("list[Any]", value) if isinstance(value, list) else []
-    if len(parts) != micro_batches:
-        kind = type(cast("object", value)).__name__
-        what = f"{len(parts)} micro-batches" if parts else kind
-        raise BatchError(
-            f"the step returned {what} for {micro_batches} micro-batches, but another node takes its output",
-            place=place,
-            fix="return a list with one dict of columns per micro-batch of data_list",
-        )
-    return [isolate(normalise(part, place)) for part in parts]
-
-
-def _kept(call: Call, output: Batch, place: str) -> tuple[int, ...]:
-    """Find which samples a filter let through, by their uids."""
-    column = output.get("uid", [])
-    position = {uid: i for i, uid in enumerate(call.uids)}
-    kept = [position.get(int(uid), -1) for uid in column]
-    if len(kept) != size(output) or -1 in kept or kept != sorted(set(kept)):
-        raise BatchError(
-            f"the filter {call.node.name} must return the `uid` column of the samples it keeps, in order",
-            place=place,
-            fix="select the same samples from every column of the batch, `uid` included",
-        )
-    return tuple(kept)
 
 
 def _copy_of(module: BaseModule) -> BaseModule:

@@ -153,7 +153,9 @@ class ParameterSync:
         arrived = destination.state_dict()
         moved = 0
         for name, tensor in arrived.items():
-            sent = source.get(name)
+            if name not in source:
+                continue  # a load_state_dict that maps names; else the plan has refused it
+            sent = source[name]
             if not isinstance(tensor, Tensor) or not isinstance(sent, Tensor):
                 _verify_plain(name, sent, tensor, self.pair)
                 continue

@@ -26,6 +26,7 @@ from chatlearn.inspection import intercept
 
 class StandIn:
     problems = ()
+    evaluator = SimpleNamespace(metrics={"reward/rewards": 0.5})
     def __init__(self, *names):
         self.modules = [BaseModule(name) for name in names]
     def check(self):
@@ -35,7 +36,7 @@ class StandIn:
         )
         return SimpleNamespace(
             graphs={"env_flow": FlowGraph("env_flow", nodes, (len(nodes) - 1,))},
-            modules=self.modules, dataset_size=64, problems=self.problems)
+            modules=self.modules, dataset_size=64, problems=self.problems, notes=['a note'])
     def learn(self):
         intercept(self)
         print("learning", active().runtime.num_episode, active().runtime.seed)
@@ -243,7 +244,14 @@ def test_explain_tells_who_set_each_value(cli: Cli, script: Script) -> None:
 def test_eval_evaluates_instead_of_learning(cli: Cli, script: Script) -> None:
     code, out, _ = cli("eval", script("StandIn('policy').learn()"))
     assert code == 0
-    assert out == "reward: 3 samples, rewards 0.5000\n"
+    assert out == "reward: 3 samples\nreward/rewards 0.5\n"
+
+
+def test_eval_does_not_pretend_to_resume(cli: Cli, script: Script) -> None:
+    code, _, err = cli("eval", script("StandIn('policy').learn()"), "runtime.resume=auto")
+    assert code == 1
+    assert "does not resume" in err
+    assert "models.<policy>.model=" in err
 
 
 # inspection
