@@ -154,12 +154,16 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_source(source: Any, tokenizer: Any = None) -> list[ChatLearnError]:
+def check_source(
+    source: Any, tokenizer: Any = None, *, place: str = "model"
+) -> list[ChatLearnError]:
     """List what is wrong with a model's source, without loading weights or asking the network.
 
     Args:
         source: What the module docstring lists.
         tokenizer: The configured tokenizer, or None for the model's own.
+        place: Key of the source, for example `models.policy.model`; errors name it, and the
+            `tokenizer` beside it.
 
     Returns:
         The problems found; empty when there are none. Callables and hub ids are taken on trust.
@@ -185,6 +189,8 @@ def check_source(source: Any, tokenizer: Any = None) -> list[ChatLearnError]:
     if isinstance(tokenizer, str | os.PathLike):
         found = _check_folder(_text(tokenizer), "tokenizer", weights=False)
         problems += found or _check_tokenizer_files(_text(tokenizer), "tokenizer")
+    for problem in problems:
+        problem.place = place.removesuffix("model") + problem.place
     return problems
 
 
@@ -352,32 +358,17 @@ def _check_folder(source: str, what: str, *, weights: bool) -> list[ChatLearnErr
     if not folder.exists():
         if not _looks_local(source):
             return []
-        return [
-            ConfigError(
-                f"the {what} folder {source!r} does not exist",
-                place=what,
-                fix=f"correct the path, which was taken relative to {Path.cwd()}",
-            )
-        ]
-    if not weights:
+        cause = f"the {what} folder {source!r} does not exist"
+        fix = f"correct the path, which was taken relative to {Path.cwd()}"
+    elif weights and not (folder / "config.json").is_file():
+        cause = f"{source!r} holds no config.json, so it is no model in Hugging Face format"
+        fix = "give the folder that `save_pretrained` wrote"
+    elif weights and not any(folder.glob("*.safetensors")):
+        cause = f"{source!r} holds no *.safetensors file; pickled weights are never loaded"
+        fix = "save the model again with `save_pretrained`, which writes safetensors"
+    else:
         return []
-    if not (folder / "config.json").is_file():
-        return [
-            ConfigError(
-                f"{source!r} holds no config.json, so it is no model in Hugging Face format",
-                place=what,
-                fix="give the folder that `save_pretrained` wrote",
-            )
-        ]
-    if not any(folder.glob("*.safetensors")):
-        return [
-            ConfigError(
-                f"{source!r} holds no *.safetensors file; pickled weights are never loaded",
-                place=what,
-                fix="save the model again with `save_pretrained`, which writes safetensors",
-            )
-        ]
-    return []
+    return [ConfigError(cause, place=what, fix=fix)]
 
 
 def _check_tokenizer_files(source: str, what: str) -> list[ChatLearnError]:

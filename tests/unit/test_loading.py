@@ -92,6 +92,16 @@ def test_a_path_that_does_not_exist_is_one_short_error(source: str) -> None:
     assert len(check_source(source)) == 1
 
 
+def test_a_problem_is_placed_at_the_key_of_its_module() -> None:
+    problems = check_source("./none", "./nor-this", place="models.policy.model")
+    assert [p.place for p in problems] == ["models.policy.model", "models.policy.tokenizer"]
+    assert [p.place for p in check_source({"hidden_size": 8}, place="models.policy.model")] == [
+        "models.policy.model",
+        "models.policy.tokenizer",
+    ]
+    assert [p.place for p in check_source("./none", "./nor-this")] == ["model", "tokenizer"]
+
+
 def test_an_unreachable_hub_is_one_short_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args, **kwargs):
         raise OSError("no network")
