@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
 from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, state_of
 from chatlearn.rollout.base import Completion, PromptRequest, SamplingParams
 from chatlearn.training.loading import Device, DType, check_source, load, resolve_device
 
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
 class PolicyInference(BaseModule):
     """Sample one response per sample: training's in `forward_step`, evaluation's in `eval_step`.
 
-    Reads `prompt` (text or chat messages) or `prompt_ids`, and `uid`. Adds `prompt_ids`,
-    `response_ids`, `rollout_logprobs`, `completion`, `finish_reason`, `temperature` and
-    `policy_version`; see `chatlearn.columns`. A response is a function of the weights, the prompt,
-    the seed and the uid alone.
+    Reads `prompt` (text or chat messages) or `prompt_ids` (tokens: tensors or lists of int), and
+    `uid`. Where both are there, `prompt_ids` wins: drop that column to have a changed `prompt`
+    encoded anew. Adds `prompt_ids`, `response_ids`, `rollout_logprobs`, `completion`,
+    `finish_reason`, `temperature` and `policy_version`; see `chatlearn.columns`.
+
+    A response is a function of the weights, the prompt and the key of its random numbers alone:
+    the seed, this module's name, training or evaluation, the uid, and which call of the method in
+    its flow asks for it. So two calls in one flow, and two policies, draw independently.
 
     Example:
         >>> policy = PolicyInference("policy", model="Qwen/Qwen3-0.6B", max_new_tokens=128)
@@ -54,7 +59,8 @@ class PolicyInference(BaseModule):
         top_k: int = Field(default=0, ge=0)
         """Sample from this many most likely tokens; 0 takes all. See `top_p`."""
         stop: list[str] = Field(default_factory=list[str])
-        """Texts that end a response; they stay part of it."""
+        """Texts that end a response; they stay part of it. A special token of the tokenizer counts
+        as that token."""
         max_prompt_tokens: int | None = Field(default=None, ge=1)
         """A longer prompt is an error; None allows what the model's positions allow."""
         eval_temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
@@ -123,7 +129,7 @@ class PolicyInference(BaseModule):
             `data` with the columns that the class lists.
 
         Raises:
-            BatchError: `uid` or both prompt columns are missing.
+            BatchError: `uid` or both prompt columns are missing, or `prompt_ids` are no token ids.
             DataError: A prompt is no prompt, is empty, or is too long.
         """
         config = self.config
@@ -134,7 +140,7 @@ class PolicyInference(BaseModule):
             stop=tuple(config.stop),
             max_new_tokens=config.max_new_tokens,
         )
-        return self._generate(data, params, self._seed())
+        return self._generate(data, params, "train")
 
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Sample as `forward_step` does, with evaluation's settings and its own random numbers.
@@ -142,8 +148,6 @@ class PolicyInference(BaseModule):
         Every evaluation uses the same random numbers for the same uid, so that two of them differ
         by the weights alone.
         """
-        from chatlearn.rollout.sampling import derive_seed
-
         config = self.config
         params = SamplingParams(
             temperature=_first(config.eval_temperature, config.temperature),
@@ -152,7 +156,7 @@ class PolicyInference(BaseModule):
             stop=tuple(config.stop),
             max_new_tokens=_first(config.eval_max_new_tokens, config.max_new_tokens),
         )
-        return self._generate(data, params, derive_seed(self._seed(), "eval"))
+        return self._generate(data, params, "eval")
 
     def onload(self) -> None:
         """Bring the weights to the configured device."""
@@ -168,11 +172,19 @@ class PolicyInference(BaseModule):
         seed: int | None = self.config.seed
         return active().runtime.seed if seed is None else seed
 
-    def _generate(self, data: dict[str, Any], params: SamplingParams, seed: int) -> dict[str, Any]:
+    def _generate(
+        self, data: dict[str, Any], params: SamplingParams, phase: Literal["train", "eval"]
+    ) -> dict[str, Any]:
         """Encode prompts, sample, and add the columns."""
+        from chatlearn.rollout.sampling import derive_seed
+
         uids = self._uids(data)
         prompt_ids = self._prompt_ids(data, uids)
-        requests = [PromptRequest(uid, ids) for uid, ids in zip(uids, prompt_ids, strict=True)]
+        turn = state_of(self).turn
+        requests = [
+            PromptRequest(uid, ids, turn) for uid, ids in zip(uids, prompt_ids, strict=True)
+        ]
+        seed = derive_seed(self._seed(), f"{self.name}/{phase}")
         done = self._engine.generate(requests, params, seed=seed, progress=self.progress)
         self._report(prompt_ids, done)
         data.update(self._columns(prompt_ids, done, params.temperature))
@@ -189,7 +201,15 @@ class PolicyInference(BaseModule):
 
     def _prompt_ids(self, data: dict[str, Any], uids: list[int]) -> list[Tensor]:
         if columns.PROMPT_IDS in data:
-            ids: list[Tensor] = [ids.cpu() for ids in data[columns.PROMPT_IDS]]
+            given = list(data[columns.PROMPT_IDS])
+            if len(given) != len(uids):
+                raise BatchError(
+                    f"column {columns.PROMPT_IDS!r} holds {len(given)} prompts, "
+                    f"{columns.UID!r} holds {len(uids)}",
+                    place=f"module {self.name!r}",
+                    fix="give every column one entry per sample",
+                )
+            ids = [self._token_ids(one, uid) for one, uid in zip(given, uids, strict=True)]
             self._encoder.check(ids, uids=uids)
             return ids
         if columns.PROMPT not in data:
@@ -200,6 +220,23 @@ class PolicyInference(BaseModule):
                 fix="give the dataset a `prompt` column",
             )
         return self._encoder.encode(data[columns.PROMPT], uids=uids)
+
+    def _token_ids(self, given: Any, uid: int) -> Tensor:
+        """Return int64 `[P]` on the CPU, of a prompt given as tensor, array or list of int."""
+        import torch
+
+        if isinstance(given, torch.Tensor) and given.ndim == 1 and given.dtype == torch.int64:
+            return given.cpu()
+        plain = cast("Any", given).tolist() if hasattr(given, "tolist") else given
+        if isinstance(plain, list | tuple):
+            tokens = cast("Sequence[Any]", plain)
+            if not any(isinstance(x, bool) or not isinstance(x, Integral) for x in tokens):
+                return torch.tensor(tokens, dtype=torch.int64)
+        raise BatchError(
+            f"{columns.PROMPT_IDS!r} of sample {uid} are no token ids: {repr(given)[:80]}",
+            place=f"module {self.name!r}, uid {uid}",
+            fix="give a list of ints or a 1-D tensor of integers per sample; text goes into `prompt`",
+        )
 
     def _columns(
         self, prompt_ids: list[Tensor], done: Sequence[Completion], temperature: float

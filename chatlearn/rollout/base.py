@@ -45,7 +45,8 @@ class SamplingParams:
     top_k: int = 0
     """Keep this many most likely tokens, before `top_p`; 0 keeps all."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response; they stay part of it."""
+    """Texts that end a response; they stay part of it. A special token of the tokenizer counts as
+    that token, wherever it is sampled."""
     max_new_tokens: int = 256
     """Tokens of a response at most."""
 
@@ -85,7 +86,7 @@ class PromptRequest:
     prompt_ids: Tensor
     """int64 `[P]`, on the CPU; at least one token."""
     turn: int = 0
-    """Which response of a multi-turn conversation this is."""
+    """Which response of the sample this is, where a flow asks for several."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class RolloutEngine(Protocol):
         Args:
             requests: Prompts, of any lengths.
             params: How to sample; the same for the whole batch.
-            seed: Seed of the run (or of evaluation), the first part of every sample's key.
+            seed: Seed of the stream (`derive_seed`), the first part of every sample's key.
             progress: Called after each decoding step.
 
         Returns:

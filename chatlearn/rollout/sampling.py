@@ -10,6 +10,7 @@ Legend: `B` rows, `V` vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -40,7 +41,7 @@ def sample_keys(seed: int, uids: Sequence[int], turns: Sequence[int]) -> NDArray
     Args:
         seed: Any integer; taken modulo 2^64.
         uids: `[B]` numbers of the samples.
-        turns: `[B]` numbers of the response within its conversation.
+        turns: `[B]` numbers of the response among those of its sample.
 
     Example:
         >>> keys = sample_keys(0, [7, 7, 8], [0, 1, 0])
@@ -56,13 +57,19 @@ def sample_keys(seed: int, uids: Sequence[int], turns: Sequence[int]) -> NDArray
 
 
 def derive_seed(seed: int, stream: str) -> int:
-    """Return the seed of another stream of random numbers ("eval"), unrelated to `seed`'s own.
+    """Return the seed of a stream of random numbers of its own: a hash of the seed and the name.
+
+    Args:
+        seed: Any integer; taken modulo 2^64.
+        stream: Name of the stream, such as "policy/train"; all of it counts.
 
     Example:
-        >>> derive_seed(0, "eval") == derive_seed(0, "train")
+        >>> derive_seed(0, "policy/eval") == derive_seed(0, "policy/train")
         False
     """
-    return int(sample_keys(seed, [int.from_bytes(stream.encode()[:8], "little")], [1])[0])
+    key = (seed & _WORD).to_bytes(8, "little")
+    name = stream.encode("utf-8", errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(name, key=key, digest_size=8).digest(), "little")
 
 
 def uniforms(keys: NDArray[np.uint64], start: int, count: int) -> Tensor:

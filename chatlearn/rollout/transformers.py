@@ -137,6 +137,14 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({own, *listed}) if own in listed else [own]
 
 
+def special_id(tokenizer: Any, text: str) -> int | None:
+    """Return the id of the special token with this text; None if there is none."""
+    if text in tokenizer.all_special_tokens:
+        return tokenizer.convert_tokens_to_ids(text)
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return next((i for i, one in added.items() if one.special and one.content == text), None)
+
+
 @dataclass
 class _Rows:
     """What each live row needs, in the order of the cache's rows; tensors on the device."""
@@ -183,11 +191,15 @@ class _Decoding:
         self.steps = max(limits)
         self.width = max(len(request.prompt_ids) for request in requests)
         self.keys = sample_keys(seed, [r.uid for r in requests], [r.turn for r in requests])
-        self.eos = torch.tensor(engine.eos_ids, device=self.device)
+        # Decoding leaves special tokens out, so that no text of theirs is ever found.
+        special = {text: special_id(engine.tokenizer, text) for text in params.stop}
+        ends = [token for token in special.values() if token is not None]
+        self.eos = torch.tensor(sorted({*engine.eos_ids, *ends}), device=self.device)
         size = (self.steps, len(requests))
         self.tokens = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.probs = torch.zeros(size, dtype=torch.float32, device=self.device)
-        self.stops = _StopTexts(engine.tokenizer, params.stop, len(requests))
+        texts = tuple(text for text, token in special.items() if token is None)
+        self.stops = _StopTexts(engine.tokenizer, texts, len(requests))
 
     def run(self, additive: bool, progress: Progress | None) -> None:
         """Prefill, then sample and decode until every response has ended.
@@ -244,7 +256,7 @@ class _Decoding:
         if progress is not None:
             progress(int((~rows.finished).sum()))
         rows.finished = rows.finished | torch.isin(tokens, self.eos) | (rows.limits <= step + 1)
-        if self.params.stop:
+        if self.stops.stop:
             rows.finished = rows.finished | self.stops.look(self.tokens, rows, step)
         return tokens
 

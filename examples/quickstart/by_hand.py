@@ -7,7 +7,7 @@ import torch
 from base_model import warm_start
 from tasks import LONGEST_COMPLETION, exact, make_all
 
-from chatlearn.rollout.sampling import sample_keys, sample_tokens, uniforms
+from chatlearn.rollout.sampling import derive_seed, sample_keys, sample_tokens, uniforms
 
 EPISODES, PROMPTS, SAMPLES, UPDATES = 40, 32, 8, 2
 LR, WARMUP, CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 3e-4, 10, 0.2, 0.28, 1.0
@@ -55,11 +55,11 @@ def learning_rate(update, total):
 def grpo(model, tokenizer, problems, seed, episodes=EPISODES):
     """Train `model` in place; yield per episode the mean reward and the loss of each update."""
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
-    batch, update = PROMPTS * SAMPLES, 0
+    batch, update, stream = PROMPTS * SAMPLES, 0, derive_seed(seed, "policy/train")
     for episode in range(episodes):
         chosen = [problems[(episode * PROMPTS + i) % len(problems)] for i in range(PROMPTS)]
         chosen = [problem for problem in chosen for _ in range(SAMPLES)]
-        keys = sample_keys(seed, range(episode * batch, (episode + 1) * batch), [0] * batch)
+        keys = sample_keys(stream, range(episode * batch, (episode + 1) * batch), [0] * batch)
         prompts = [problem["prompt"] for problem in chosen]
         ids, old, mask, texts = generate(model, tokenizer, prompts, 1.0, keys)
         rewards = torch.tensor(exact(texts, [problem["answer"] for problem in chosen]))

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,50 @@ def test_the_seed_decides_and_evaluation_has_its_own_numbers() -> None:
     assert train == ids(policy(seed=0).forward_step(batch()))
 
 
+def test_repeated_calls_in_a_flow_and_other_policies_draw_their_own_numbers() -> None:
+    module, other = policy(), PolicyInference("policy_b", model=tiny_pair, device="cpu")
+    state_of(other).settings["max_new_tokens"] = 8
+    other.setup()
+    for method in ("forward_step", "eval_step"):
+        drawn: list[list[list[int]]] = []
+        for turn in (0, 1, 2):
+            state_of(module).turn = turn
+            drawn.append(ids(getattr(module, method)(batch())))
+        drawn.append(ids(getattr(other, method)(batch())))
+        assert len({str(responses) for responses in drawn}) == 4
+        state_of(module).turn = 1
+        assert ids(getattr(module, method)(batch())) == drawn[1]
+
+
+def test_a_flow_that_samples_twice_gets_two_responses(tmp_path: Any) -> None:
+    import chatlearn
+    from chatlearn import Engine, Environment
+
+    chatlearn.init({"runtime": {"output_dir": tmp_path}})
+    seen: list[dict[str, Any]] = []
+
+    class Sink(chatlearn.BaseModule):
+        def forward_step(self, first: dict[str, Any]) -> dict[str, Any]:
+            seen.append(first)
+            return first
+
+    class Rename(chatlearn.BaseModule):
+        def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
+            return {"uid": data["uid"], "first": data["response_ids"]}
+
+    one = PolicyInference("policy", model=tiny_pair, device="cpu", max_new_tokens=8)
+    rename, sink = Rename("rename"), Sink("sink")
+
+    def flow(data: Any) -> Any:
+        return sink.forward_step(
+            rename.forward_step(one.forward_step(data)), one.forward_step(data)
+        )
+
+    Engine(Environment(flow)).set_dataset(["1+1=", "22+3="]).learn()
+    (data,) = seen
+    assert [r.tolist() for r in data["first"]] != [r.tolist() for r in data["response_ids"]]
+
+
 def test_evaluation_takes_its_own_settings_and_else_trainings() -> None:
     module = policy(eval_temperature=0.0, eval_max_new_tokens=3)
     data = module.eval_step(batch())
@@ -97,6 +142,37 @@ def test_prompt_ids_are_taken_as_they_are() -> None:
     data = policy().forward_step({"uid": [0, 1], "prompt_ids": encoded})
     assert [prompt.tolist() for prompt in data["prompt_ids"]] == [[5, 76, 5, 84], [9]]
     assert ids(data)[0] == ids(policy().forward_step(batch()))[0]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        torch.tensor,
+        lambda ids: torch.tensor(ids, dtype=torch.int32),
+        np.array,
+        lambda ids: list(np.array(ids)),
+    ],
+)
+def test_prompt_ids_come_in_any_usual_form_and_beat_the_prompt(convert: Any) -> None:
+    given = [convert([5, 76, 5, 84]), convert([9])]
+    data = policy().forward_step({"uid": [0, 1], "prompt": ["x", "y"], "prompt_ids": given})
+    for prompt, expected in zip(data["prompt_ids"], ([5, 76, 5, 84], [9]), strict=True):
+        assert prompt.dtype == torch.int64
+        assert prompt.tolist() == expected
+    assert ids(data)[0] == ids(policy().forward_step(batch()))[0]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["1+1=", 5, None, [1.0], ["a"], [[1]], [True], torch.ones(2), torch.ones(1, 2).long()]
+)
+def test_what_are_no_prompt_ids_is_refused_with_its_sample(wrong: Any) -> None:
+    with pytest.raises(BatchError, match="'prompt_ids' of sample 8 are no token ids") as caught:
+        policy().forward_step({"uid": [7, 8], "prompt_ids": [[5], wrong]})
+    assert "'policy', uid 8" in caught.value.place
+    with pytest.raises(BatchError, match="holds 1 prompts, 'uid' holds 2"):
+        policy().forward_step({"uid": [7, 8], "prompt_ids": [[5]]})
 
 
 def test_missing_columns_name_themselves_and_the_way_out() -> None:

@@ -71,6 +71,13 @@ def test_derived_streams_differ_from_the_seed_and_from_each_other() -> None:
     assert derive_seed(0, "eval") == derive_seed(0, "eval")
 
 
+def test_the_whole_name_of_a_stream_counts() -> None:
+    names = [f"{name}/{phase}" for name in ("policy_a", "policy_b") for phase in ("train", "eval")]
+    names += ["policy_a", "policy_a\0", "", "\0"]
+    assert len({derive_seed(0, name) for name in names}) == len(names)
+    assert derive_seed(-1, "x") == derive_seed(2**64 - 1, "x")  # taken modulo 2^64
+
+
 def test_frequencies_follow_the_softmax_at_the_temperature() -> None:
     logits = torch.tensor([[0.0, 1.0, -2.0, 3.0, 0.5]])
     count = 40000

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from chatlearn.errors import ChatLearnError, ConfigError, DataError
 from chatlearn.rollout import PromptRequest, SamplingParams
 from chatlearn.rollout.kv_cache import closing_moves
-from chatlearn.rollout.transformers import TransformersEngine, eos_ids
+from chatlearn.rollout.transformers import TransformersEngine, eos_ids, special_id
 from chatlearn.testing import tiny_model, tiny_tokenizer
 
 
@@ -72,6 +73,27 @@ def test_a_stop_text_ends_a_response_and_stays_in_it() -> None:
     params = SamplingParams(max_new_tokens=30, stop=("absent",))
     (done,) = engine.generate(requests("1+1="), params, seed=0)
     assert tiny_tokenizer().decode(done.response_ids) == "so: 12</a> 13<eos>"
+
+
+def test_a_special_token_as_stop_text_ends_a_response() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    script = Script("so: 12", prompt=4, eos=False)
+    script.ids += [2, *tokenizer("13").input_ids, 1]  # 2 is <unk>, a special token
+    engine = TransformersEngine(script, tokenizer)
+    params = SamplingParams(max_new_tokens=30, stop=("<end>", "<unk>"))
+    for done in engine.generate(requests("1+1=", "2+2="), params, seed=0):
+        assert tokenizer.decode(done.response_ids) == "so: 12<unk>"
+        assert done.finish_reason == "stop"
+    beside = SamplingParams(max_new_tokens=30, stop=("<unk>", "12"))
+    (done,) = engine.generate(requests("1+1="), beside, seed=0)
+    assert tokenizer.decode(done.response_ids) == "so: 12"
+    (done,) = engine.generate(requests("1+1="), SamplingParams(max_new_tokens=30), seed=0)
+    assert tokenizer.decode(done.response_ids) == "so: 12<unk>13<eos>"
+    assert special_id(tokenizer, "<end>") == 101
+    tokenizer.add_tokens([AddedToken("<turn>", special=True)], special_tokens=True)
+    assert special_id(tokenizer, "<turn>") == 102
+    assert special_id(tokenizer, "a") is None
 
 
 def test_stop_texts_of_sampled_responses_end_each_row_by_itself(engine: TransformersEngine) -> None:
