@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -19,12 +20,12 @@ from chatlearn.training.loading import (
     DType,
     check_source,
     load,
-    load_model,
     resolve_device,
 )
 
 if TYPE_CHECKING:
     from chatlearn.training.optimiser import Optimiser
+    from chatlearn.training.samples import TrainSamples
     from chatlearn.training.step import StepSettings
 
 
@@ -34,8 +35,16 @@ class PolicyTrainer(BaseModule):
 
     Reads `prompt_ids`, `response_ids`, `advantages` and the log-probs to compare with:
     `old_logprobs` if the flow made them (by this module's `forward_step`), else the sampler's
-    `rollout_logprobs`. Optional: `ref_logprobs`, `loss_mask`, `temperature`, `uid`. The model runs
-    in eval mode: dropout would train another policy than the one that was sampled.
+    `rollout_logprobs`. Optional: `ref_logprobs`, `loss_mask`, `temperature`, `policy_version`,
+    `uid`. A column that some samples have, all must have. The model runs in eval mode: dropout
+    would train another policy than the one that was sampled.
+
+    `mismatch` and `mismatch_max` say how far the sampler's log-probs are from the trainer's for the
+    same weights. With `old_logprobs` they compare those with `rollout_logprobs`, in every step.
+    Without, they compare the weights of this step, and later steps on the same samples would
+    measure how far training has moved instead: so they are reported in the first step whose samples
+    are all of another `policy_version` than the newest of the step before, and in every step where
+    there is no such column.
 
     Example:
         >>> learner = PolicyTrainer("policy_trainer", model="Qwen/Qwen3-0.6B", lr=2e-6, clip_high=0.28)
@@ -51,7 +60,7 @@ class PolicyTrainer(BaseModule):
         returns a model or (model, tokenizer)."""
         tokenizer: Any = None
         """Folder, hub id, or a callable that returns one, exported beside the weights; None takes
-        the model's."""
+        the model's, if it has one."""
         lr: float = Field(default=1e-6, gt=0)
         """Learning rate at the top of the schedule."""
         clip_low: float = Field(default=0.2, ge=0)
@@ -123,6 +132,8 @@ class PolicyTrainer(BaseModule):
 
     tokenizer: Any = None
     optimiser: Optimiser | None = None
+    _newest_version: int = -1
+    """Of the samples of the last step; -1 before the first."""
 
     def check_config(self) -> list[ChatLearnError]:
         """Return what is wrong with the model's and the tokenizer's source."""
@@ -135,6 +146,7 @@ class PolicyTrainer(BaseModule):
         from chatlearn.training.optimiser import Optimiser
 
         config = self.config
+        self._newest_version = -1
         model, self.tokenizer = self._load()
         self.model = model.requires_grad_(True)
         if config.gradient_checkpointing:
@@ -172,6 +184,9 @@ class PolicyTrainer(BaseModule):
         assert self.optimiser is not None, "setup() runs before any step"
         batches = [data] if isinstance(data, Mapping) else data
         samples = merge_samples(batches, module=self.name, needs_ref=self.config.kl_coef > 0)
+        if self._moved_since_sampling(samples) and not samples.has_own_logprobs:
+            # What differs now is what training has done, and no mismatch.
+            samples = replace(samples, rollout_logprobs=None)
         report = train_step(self.model, self.optimiser, samples, self._step_settings())
         if self.optimiser.skipped:
             report["skipped_updates"] = float(self.optimiser.skipped)
@@ -241,17 +256,24 @@ class PolicyTrainer(BaseModule):
     def _load(self) -> tuple[Any, Any]:
         """Load fp32 weights, and the tokenizer if there is any to be found."""
         config = self.config
-        options: dict[str, Any] = {
-            "device": config.device,
-            "attn": config.attn_implementation,
-            "seed": active().runtime.seed if config.seed is None else config.seed,
-            "trust_remote_code": config.trust_remote_code,
-        }
-        if config.tokenizer is None and (
-            isinstance(config.model, Mapping) or hasattr(config.model, "model_type")
-        ):
-            return load_model(config.model, **options), None
-        return load(config.model, config.tokenizer, eos_token=config.eos_token, **options)
+        return load(
+            config.model,
+            config.tokenizer,
+            device=config.device,
+            attn=config.attn_implementation,
+            seed=active().runtime.seed if config.seed is None else config.seed,
+            eos_token=config.eos_token,
+            trust_remote_code=config.trust_remote_code,
+            needs_tokenizer=False,
+        )
+
+    def _moved_since_sampling(self, samples: TrainSamples) -> bool:
+        """Tell whether the weights are known to be others than some sample's; see the class."""
+        versions = samples.policy_version
+        if versions is None:
+            return False
+        before, self._newest_version = self._newest_version, int(versions.max())
+        return before == self._newest_version or int(versions.min()) != self._newest_version
 
     def _checkpoint_gradients(self, model: Any) -> None:
         """Switch gradient checkpointing on; transformers honours it only in layers in training

@@ -27,7 +27,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 class LoadedModel(NamedTuple):
-    """A causal LM in eval mode on its device, and the tokenizer that goes with it."""
+    """A causal LM in eval mode on its device, and the tokenizer that goes with it (or None)."""
 
     model: Any
     tokenizer: Any
@@ -65,6 +65,7 @@ def load(
     seed: int = 0,
     eos_token: str | None = None,
     trust_remote_code: bool = False,
+    needs_tokenizer: bool = True,
 ) -> LoadedModel:
     """Load a model together with its tokenizer; a callable source is called once for both.
 
@@ -77,12 +78,13 @@ def load(
         seed: Seed of random weights, for a source that is a config.
         eos_token: Text of the end-of-sequence token, for tokenizers that name none or another one.
         trust_remote_code: Whether code from the model's repository may run.
+        needs_tokenizer: Whether it is an error that the source brings no tokenizer.
 
     Returns:
-        The model (eval mode, its own copy) and the tokenizer (with an EOS token).
+        The model (eval mode, its own copy) and the tokenizer (with an EOS token; None if not found).
 
     Raises:
-        ConfigError: The source does not exist, is no causal LM, or the tokenizer has no EOS.
+        ConfigError: The source does not exist, is no causal LM, or there is no tokenizer with EOS.
 
     Example:
         >>> model, tokenizer = load("Qwen/Qwen3-0.6B", dtype="bf16")  # doctest: +SKIP
@@ -90,14 +92,17 @@ def load(
     model, made_tokenizer = _make(source, dtype, attn, seed, trust_remote_code)
     model = model.to(device=resolve_device(device), dtype=resolve_dtype(dtype)).eval()
     chosen: Any = tokenizer if tokenizer is not None else made_tokenizer
+    if chosen is None and isinstance(source, str | os.PathLike):
+        if needs_tokenizer or not _check_tokenizer_files(_text(source), "model"):
+            chosen = _text(source)
+    elif chosen is None and needs_tokenizer:
+        raise ConfigError(
+            "a model that a config or a callable made alone brings no tokenizer",
+            place="tokenizer",
+            fix="set `tokenizer` to a folder or hub id, or return (model, tokenizer)",
+        )
     if chosen is None:
-        if not isinstance(source, str | os.PathLike):
-            raise ConfigError(
-                "a model made from a config brings no tokenizer",
-                place="tokenizer",
-                fix="set `tokenizer` to a folder or hub id",
-            )
-        chosen = _text(source)
+        return LoadedModel(model, None)
     return LoadedModel(
         model,
         load_tokenizer(chosen, eos_token=eos_token, trust_remote_code=trust_remote_code),

@@ -38,10 +38,12 @@ class TrainSamples:
         response_ids: int64 `[T_i]`.
         old_logprobs: `[T_i]` log-probs that the ratio is taken against.
         advantages: `[T_i]` if given per token, else `[1]`, shared by the sample's tokens.
-        rollout_logprobs: `[T_i]` the sampler's, for the mismatch; None if unknown.
+        rollout_logprobs: `[T_i]` the sampler's, for the mismatch; None if unknown. The same list as
+            `old_logprobs` where the trainer made none of its own.
         ref_logprobs: `[T_i]` the reference's; None without a KL term.
         loss_mask: bool `[T_i]`; None trains on every response token.
         temperature: `[B]` or one number.
+        policy_version: int64 `[B]` of the weights that sampled; None if unknown.
     """
 
     uids: list[Any]
@@ -53,6 +55,12 @@ class TrainSamples:
     ref_logprobs: list[Tensor] | None = None
     loss_mask: list[Tensor] | None = None
     temperature: Tensor | float = 1.0
+    policy_version: Tensor | None = None
+
+    @property
+    def has_own_logprobs(self) -> bool:
+        """Whether `old_logprobs` are the trainer's, not the sampler's."""
+        return self.old_logprobs is not self.rollout_logprobs
 
     def trained_tokens(self) -> list[int]:
         """Return how many tokens of each sample are trained on."""
@@ -72,8 +80,8 @@ def merge_samples(
         needs_ref: whether `ref_logprobs` are needed.
 
     Raises:
-        BatchError: no samples, a missing column, a column of the wrong length, a number that is not
-            finite.
+        BatchError: no samples, a missing column, a column that only some micro-batches have or that
+            has the wrong length, a number that is not finite.
     """
     batches = [batch for batch in batches if batch and len(batch.get(columns.RESPONSE_IDS, "?"))]
     if not batches:
@@ -97,6 +105,9 @@ def merge_samples(
     temperature: Tensor | float = 1.0
     if source.has(columns.TEMPERATURE):
         temperature = torch.stack([t.float().reshape(()) for t in source.each(columns.TEMPERATURE)])
+    version = None
+    if source.has(columns.POLICY_VERSION):
+        version = torch.stack([v.reshape(()) for v in source.each(columns.POLICY_VERSION)])
     advantages = source.advantages()
     samples = TrainSamples(
         source.uids,
@@ -108,6 +119,7 @@ def merge_samples(
         reference,
         mask,
         temperature,
+        version,
     )
     source.require_finite(columns.ADVANTAGES, advantages, mask)
     source.require_finite(columns.OLD_LOGPROBS, old, mask)
@@ -134,7 +146,16 @@ class _Columns:
             ]
 
     def has(self, name: str) -> bool:
-        return all(name in batch for batch in self._batches)
+        """Tell whether the batches have a column; refuse one that only some of them have."""
+        without = [batch for batch in self._batches if name not in batch]
+        if not without or len(without) == len(self._batches):
+            return not without
+        raise BatchError(
+            f"column {name!r} is missing in {len(without)} of {len(self._batches)} micro-batches; "
+            f"there are {sorted(without[0])}",
+            place=f"module {self._module!r}",
+            fix=f"have every sample that reaches the trainer bring {name!r}, or none",
+        )
 
     def each(self, name: str) -> list[Tensor]:
         """Return one tensor per sample, of whatever shape the column has."""

@@ -63,8 +63,9 @@ def train_step(
         `loss`, `pg_loss`, `grad_norm` (before clipping), `lr`, `trained_tokens`; means over trained
         tokens: `entropy` (nats), `ratio`, `clip_low`, `clip_high` (fractions), `approx_kl` (old to
         current, nats) and, where there are such columns, `kl` (to the reference, nats) and
-        `mismatch`, `mismatch_max` (mean and largest |trainer - rollout log-prob|, before the
-        update).
+        `mismatch`, `mismatch_max` (mean and largest difference to the rollout log-probs, nats: of
+        the trainer's `old_logprobs` where it made any, else of the current log-probs, before the
+        update; a caller who knows that the weights have moved since leaves `rollout_logprobs` out).
 
     Raises:
         NonFiniteError: the loss or the gradient norm is not finite (unless the optimiser skips such
@@ -150,7 +151,10 @@ def _backward(
 
     difference_N = None
     if samples.rollout_logprobs is not None:
-        difference_N = logprobs_N.detach() - gather.tokens(samples.rollout_logprobs)
+        own_N = logprobs_N.detach()
+        if samples.has_own_logprobs:
+            own_N = gather.tokens(samples.old_logprobs)
+        difference_N = own_N - gather.tokens(samples.rollout_logprobs)
     pg_loss = aggregate(policy.loss_N.detach(), layout.sample_N, weights_B)
     meter.add(loss.detach(), pg_loss, policy, entropy_N.detach(), kl_N, difference_N)
 

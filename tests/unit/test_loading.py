@@ -146,6 +146,9 @@ def test_a_config_needs_an_architecture_and_a_tokenizer() -> None:
         load(CONFIG)
     with pytest.raises(ConfigError, match="is a int"):
         load(3, tiny_tokenizer())
+    with pytest.raises(ConfigError, match="callable made alone brings no tokenizer"):
+        load(tiny_model, device="cpu")
+    assert load(tiny_model, device="cpu", needs_tokenizer=False).tokenizer is None
     assert len(check_source(CONFIG)) == 1
     assert len(check_source({"hidden_size": 8})) == 2
     assert check_source(CONFIG, tiny_tokenizer()) == []

@@ -89,7 +89,32 @@ def test_old_logprobs_are_preferred_to_rollout_logprobs():
     trainer = make()
     trainer.train_step([{**data, "old_logprobs": [x - 1 for x in data["rollout_logprobs"]]}], 0)
     assert state_of(trainer).metrics[0]["ratio"] == pytest.approx(math.e, rel=1e-4)
-    assert state_of(trainer).metrics[0]["mismatch_max"] < 1e-5
+
+
+def test_the_mismatch_is_the_samplers_and_not_what_training_has_moved():
+    trainer, data = make(), batch()
+    shifted = [x + 0.25 for x in data["rollout_logprobs"]]
+    for _ in range(3):
+        trainer.train_step([{**data, "old_logprobs": shifted}], 0)
+    for report in state_of(trainer).metrics:
+        assert report["mismatch"] == pytest.approx(0.25, abs=1e-6)
+        assert report["mismatch_max"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_without_old_logprobs_the_mismatch_is_reported_once_per_policy_version():
+    trainer, reports = make(lr=1e-3), []
+    for versions in ([1] * 4, [1] * 4, [2] * 4, [2] * 4, [2, 2, 3, 3], [3] * 4, [4] * 4):
+        trainer.train_step(split({**batch(), "policy_version": torch.tensor(versions)}, [2, 2]), 0)
+        reports.append("mismatch" in state_of(trainer).metrics[-1])
+        assert reports[-1] == ("mismatch_max" in state_of(trainer).metrics[-1])
+        assert state_of(trainer).metrics[-1]["ratio"] > 0
+    assert reports == [True, False, True, False, False, False, True]
+    trainer.setup()
+    trainer.train_step([{**batch(), "policy_version": torch.full((4,), 4)}], 0)
+    assert "mismatch" in state_of(trainer).metrics[-1]
+    for _ in range(2):
+        trainer.train_step([batch()], 0)
+        assert "mismatch" in state_of(trainer).metrics[-1]
 
 
 def test_forward_step_adds_old_logprobs_like_the_rollouts():
@@ -106,6 +131,27 @@ def test_a_missing_column_is_named_with_its_maker(column):
         make().train_step([data], 0)
     assert column in str(caught.value)
     assert "policy_trainer" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        *("uid", "loss_mask", "old_logprobs", "ref_logprobs", "rollout_logprobs"),
+        *("temperature", "policy_version", "advantages"),
+    ],
+)
+def test_a_column_that_only_some_micro_batches_have_is_named(column):
+    data = batch()
+    data["old_logprobs"] = data["ref_logprobs"] = data["rollout_logprobs"]
+    data["loss_mask"] = [torch.ones(len(x), dtype=torch.bool) for x in data["response_ids"]]
+    data["policy_version"] = torch.ones(4, dtype=torch.int64)
+    for gap in (0, 1):
+        parts = split(data, [2, 2])
+        del parts[gap][column]
+        with pytest.raises(BatchError, match=f"column '{column}' is missing") as caught:
+            make(kl_coef=0.1).train_step(parts, 0)
+        assert "policy_trainer" in caught.value.place
+    make(kl_coef=0.1).train_step([*split(data, [2, 2]), {}], 0)  # empty ones do not count
 
 
 def test_a_kl_term_needs_the_reference():
@@ -194,6 +240,21 @@ def test_a_config_alone_needs_no_tokenizer(tmp_path):
     trainer = make(model=config)
     assert trainer.check_config() == []
     assert trainer.export_model(tmp_path)
+
+
+def test_a_callable_may_return_a_model_alone(tmp_path):
+    trainer = make(model=lambda: tiny_pair()[0])
+    assert trainer.check_config() == []
+    assert trainer.tokenizer is None
+    trainer.train_step([batch()], 0)
+    assert trainer.export_model(tmp_path / "alone")
+    assert list((tmp_path / "alone").glob("*.safetensors"))
+    again = make(model=tmp_path / "alone")  # a folder without tokenizer is enough, too
+    assert again.check_config() == []
+    assert again.tokenizer is None
+    assert torch.equal(weights(trainer), weights(again))
+    paired = make(model=lambda: tiny_pair()[0], tokenizer=tiny_tokenizer)
+    assert paired.tokenizer.eos_token == "<eos>"
 
 
 def test_gradient_checkpointing_changes_nothing_and_is_in_use(monkeypatch):
