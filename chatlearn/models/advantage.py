@@ -92,7 +92,7 @@ class GroupAdvantage(BaseModule):
         if not bool(finite.all()):
             wrong = (~finite).nonzero().flatten().tolist()
             named = data.get(columns.UID)
-            uids = wrong if named is None else [int(named[i]) for i in wrong]
+            uids = wrong if named is None else [_plain(named[i]) for i in wrong]
             raise RewardError(
                 f"{len(wrong)} rewards are not finite: {[float(rewards[i]) for i in wrong[:8]]}",
                 place=f"module {self.name!r}, sample uids {uids[:8]}",

@@ -52,8 +52,8 @@ class Scorer:
         """Score a batch of columns.
 
         Raises:
-            RewardError: a parameter without column, an exception in the function (its cause), or a
-                result that is not one finite number per sample.
+            RewardError: a parameter without column, an exception in the function (its cause), an
+                `async def`, or a result that is not one finite number per sample.
         """
         args, kwargs = self._arguments(data)
         try:
@@ -64,6 +64,13 @@ class Scorer:
                 place=self._place(),
                 fix="the traceback above shows where; return a number for samples that cannot be scored",
             ) from error
+        if inspect.iscoroutine(result):
+            result.close()  # else Python warns that it was never awaited
+            raise RewardError(
+                f"reward function {self.name!r} is an `async def`, which is not awaited here",
+                place=self._place(),
+                fix="make it a plain `def`, or write a BaseModule whose `forward_step` is async",
+            )
         return self._numbers(result, data)
 
     def _arguments(self, data: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -137,13 +144,14 @@ class Scorer:
                 value = value.item()  # numbers of torch and numpy
         if isinstance(value, int | float) and math.isfinite(value):
             return float(value)
-        uid = data[columns.UID][index] if columns.UID in data else index
+        uid: Any = data[columns.UID][index] if columns.UID in data else index
+        uid = uid.item() if hasattr(uid, "item") else uid
         completion = ""
         if columns.COMPLETION in data:
             completion = f", completion {_short(data[columns.COMPLETION][index])}"
         raise RewardError(
             f"reward function {self.name!r} returned {_short(value)} for one sample",
-            place=f"{self._place()}, sample uid {int(uid)}{completion}",
+            place=f"{self._place()}, sample uid {uid}{completion}",
             fix="return a finite number for every sample; nothing is taken for zero",
         )
 

@@ -48,6 +48,9 @@ def test_it_reports_rewards_and_groups_without_signal():
 def test_a_reward_that_is_not_finite_names_the_sample(bad):
     with pytest.raises(RewardError, match=r"uids \[11\]"):
         GroupAdvantage("advantage").forward_step(batch([1.0, bad], [0, 0]))
+    named = {**batch([1.0, bad], [0, 0]), "uid": ["a", "b"]}
+    with pytest.raises(RewardError, match=r"uids \['b'\]"):
+        GroupAdvantage("advantage").forward_step(named)
 
 
 @pytest.mark.parametrize("column", ["rewards", "prompt_uid"])

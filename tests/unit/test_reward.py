@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import gc
 import math
 
 import numpy as np
@@ -163,6 +164,34 @@ def test_an_exception_keeps_its_traceback_and_names_the_function():
     while frame.tb_next:
         frame = frame.tb_next
     assert frame.tb_frame.f_code.co_filename == __file__
+
+
+class AsyncJudge:
+    async def __call__(self, completions):
+        return [0.0] * len(completions)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["function", "partial", "object"])
+def test_an_async_function_is_refused_and_leaves_no_warning(kind):
+    async def score(completions, scale=1.0):
+        return [scale] * len(completions)
+
+    function = {
+        "function": score,
+        "partial": functools.partial(score, scale=2.0),
+        "object": AsyncJudge(),
+    }[kind]
+    with pytest.raises(RewardError, match="is an `async def`") as caught:
+        rewards(function)
+    assert "plain `def`" in caught.value.fix
+    gc.collect()
+
+
+def test_uids_of_any_kind_can_be_named():
+    data = {**batch(), "uid": ["a", "b", "c"]}
+    with pytest.raises(RewardError, match="sample uid b"):
+        rewards(lambda completions: [0.0, math.nan, 0.0], data)
 
 
 def test_a_batch_without_completions_is_named():
