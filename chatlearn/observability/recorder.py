@@ -21,7 +21,7 @@ from chatlearn.observability.progress import Progress
 from chatlearn.observability.report import write_report
 from chatlearn.observability.run_folder import RunFolder
 from chatlearn.observability.trackers import TensorBoardTracker, Tracker
-from chatlearn.observability.transcripts import Batch, TranscriptLog
+from chatlearn.observability.transcripts import Batch, Phase, TranscriptLog
 
 _SHOWN_AS = {"sync": "syncing", "evaluation": "evaluating", "checkpoint": "saving"}
 _TOKENS = "_tokens"
@@ -64,6 +64,7 @@ class Recorder:
         self._speeds: dict[str, tuple[float, float]] = {}
         self._began = time.perf_counter()
         self._unshown: dict[str, float] | None = None
+        self._transcripts_failed = False
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         """Episodes done and the metrics, of every evaluation of the run, resumed parts included."""
 
@@ -110,7 +111,9 @@ class Recorder:
             self._progress.tick(tokens)
 
     def finish(self, episodes: int, seconds: float, *, complete: bool) -> None:
-        """Write the summary and the report."""
+        """Write the summary and the report; a report that fails is noted, for the run is done."""
+        if self._evaluation:  # of an evaluation that no episode followed
+            self._write_row(episodes, 0)
         summary = {
             "episodes": episodes,
             "seconds": round(seconds, 3),
@@ -121,11 +124,17 @@ class Recorder:
         self.folder.write_text("summary.json", json.dumps(summary, indent=2))
         self._metrics.close()
         self._transcripts.close()
-        self.note(f"report: {write_report(self.folder.path)}")
+        try:
+            self.note(f"report: {write_report(self.folder.path)}")
+        except Exception as error:  # noqa: BLE001 - what was trained is worth more than its report
+            self.note(
+                f"the report could not be written: {_describe(error)}\n"
+                f"  try again with: chatlearn report {self.folder.path}"
+            )
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Close every file and release the folder; safe to call twice."""
-        self._stack.close()
+        self._stack.__exit__(type(error) if error else None, error, None)
 
     # ---- during a run ---------------------------------------------------------------------------------------------
 
@@ -147,9 +156,12 @@ class Recorder:
         self._speeds = {}
         self._began = time.perf_counter()
 
+    def starting(self, module: str, method: str, is_training: bool) -> None:
+        """Show which call is made next."""
+        self._show("training" if is_training else f"{module}.{method}")
+
     def call(self, call: Call) -> None:
         """Take the numbers of a finished call of the environment or trainer flow."""
-        self._show("training" if call.is_training else f"{call.module}.{call.method}")
         self._episode.add(call.module, call.method, call.metrics, call.samples)
         phase = "trainer_flow" if call.is_training else "env_flow"
         self._episode.add_time(phase, call.seconds)
@@ -162,7 +174,7 @@ class Recorder:
 
     def samples(self, episode: int, batches: Batch | Sequence[Batch]) -> None:
         """Keep transcripts of an episode's samples."""
-        self._transcripts.record(batches, episode=episode, phase="train")
+        self._transcribe(batches, episode, "train")
 
     def synced(self, pair: str, seconds: float, moved_bytes: int) -> None:
         """Take the numbers of a parameter sync."""
@@ -179,7 +191,7 @@ class Recorder:
     ) -> None:
         """Keep what an evaluation measured, and transcripts of it."""
         longest: Sequence[Batch] = max(results.values(), key=_columns, default=())
-        self._transcripts.record(list(longest), episode=episode, phase="eval")
+        self._transcribe(list(longest), episode, "eval")
         self._evaluation = {EVAL + name: value for name, value in metrics.items()}
         self.evaluations.append((episode, dict(metrics)))
         self._unshown = dict(metrics)
@@ -210,6 +222,18 @@ class Recorder:
         """Show a line of its own."""
         if self._progress is not None:
             self._progress.note(text)
+
+    def _transcribe(self, batches: Batch | Sequence[Batch], episode: int, phase: Phase) -> None:
+        """Keep transcripts; where that fails, say so once and go on."""
+        try:
+            self._transcripts.record(batches, episode=episode, phase=phase)
+        except Exception as error:  # noqa: BLE001 - a run is worth more than its transcripts
+            if not self._transcripts_failed:
+                self.note(
+                    f"samples of episode {episode} are missing in {self.folder.transcripts.name}: "
+                    f"{_describe(error)}"
+                )
+            self._transcripts_failed = True
 
     def _remember(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take over the evaluations of the part of the run that is resumed."""
@@ -248,6 +272,10 @@ class Recorder:
     def _show(self, phase: str) -> None:
         if self._progress is not None:
             self._progress.phase(phase)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _columns(batches: Sequence[Batch]) -> int:

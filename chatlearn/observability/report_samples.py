@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -84,15 +85,28 @@ def _group(row: Row) -> str:
 
 def _prompt(row: Row) -> str:
     prompt = row.get("prompt")
-    if isinstance(prompt, list):
-        messages = [cast("dict[str, Any]", m) for m in cast("list[Any]", prompt)]
+    messages = _messages(prompt)
+    if messages:
         inner = "".join(
             f'<div class="message"><span class="role">{escape(str(m.get("role", "")))}</span>'
             f"<pre>{escape(str(m.get('content', '')))}</pre></div>"
             for m in messages
         )
         return f'<div class="prompt">{inner}</div>'
-    return "" if prompt is None else f'<div class="prompt"><pre>{escape(str(prompt))}</pre></div>'
+    if prompt is None:
+        return ""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    return f'<div class="prompt"><pre>{escape(text)}</pre></div>'
+
+
+def _messages(prompt: Any) -> list[dict[str, Any]]:
+    """Return the messages of a chat prompt; none for a prompt of another kind."""
+    if not isinstance(prompt, list):
+        return []
+    items = cast("list[Any]", prompt)
+    if all(isinstance(item, dict) and "role" in item for item in items):
+        return items
+    return []
 
 
 def _completion(row: Row, when: str, scale: tuple[float, float]) -> str:

@@ -26,6 +26,7 @@ PART: Final = columns.REWARDS + "/"
 
 Batch = Mapping[str, Any]
 Phase = Literal["train", "eval"]
+_Key = tuple[int, float, str]
 
 
 class TranscriptLog:
@@ -63,7 +64,7 @@ class TranscriptLog:
 def sample_rows(batches: Batch | Iterable[Batch], limit: int) -> list[Row]:
     """Return up to `limit` samples as rows of plain values; none without prompt and completion."""
     every = [cast("Batch", batches)] if isinstance(batches, Mapping) else list(batches)
-    order: list[tuple[tuple[int, int], int, int, Batch]] = []
+    order: list[tuple[tuple[_Key, _Key], int, int, Batch]] = []
     seen = 0
     for batch in every:
         text = batch.get(columns.COMPLETION, batch.get(columns.PROMPT))
@@ -74,10 +75,16 @@ def sample_rows(batches: Batch | Iterable[Batch], limit: int) -> list[Row]:
     return [_row(batch, index) for _, _, index, batch in chosen]
 
 
-def _rank(batch: Batch, index: int, position: int) -> tuple[int, int]:
-    uid = int(batch[columns.UID][index]) if columns.UID in batch else position
+def _rank(batch: Batch, index: int, position: int) -> tuple[_Key, _Key]:
+    uid = _key(batch[columns.UID][index] if columns.UID in batch else position)
     group = batch.get(columns.PROMPT_UID)
-    return (uid if group is None else int(group[index]), uid)
+    return (uid if group is None else _key(group[index]), uid)
+
+
+def _key(uid: Any) -> _Key:
+    """Return what uids of any kind are ordered by: numbers first, then all else as text."""
+    plain = json_safe(uid)
+    return (0, plain, "") if isinstance(plain, int | float) else (1, 0, str(plain))
 
 
 def _row(batch: Batch, index: int) -> Row:

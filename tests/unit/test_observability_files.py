@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import chatlearn
+from chatlearn import BaseModule, Engine, Environment, Evaluator, Trainer
 from chatlearn.errors import ConfigError, OutputError
 from chatlearn.observability.jsonl import JsonlFile, json_safe, read_rows
 from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
@@ -197,6 +199,13 @@ class TestTranscripts:
         chat = [{"role": "user", "content": "hi"}]
         assert sample_rows({"prompt": [chat, chat]}, 1) == [{"prompt": chat}]
 
+    def test_uids_need_not_be_numbers(self):
+        texts = {"uid": [3, 1, 2], "prompt_uid": ["b", "a", "b"], "completion": list("xyz")}
+        assert [row["uid"] for row in sample_rows(texts, 3)] == [1, 2, 3]
+        mixed = {"uid": ["q", 7, (1, 2), math.nan, None], "completion": list("vwxyz")}
+        assert sample_rows(mixed, 1)[0]["completion"] == "w"
+        assert len(sample_rows([mixed, texts, batch(2)], 99)) == 10
+
     def test_nan_rewards_are_null(self):
         assert sample_rows({"completion": ["a"], "rewards": [math.nan]}, 1)[0]["rewards"] is None
 
@@ -295,6 +304,62 @@ class TestRunFolder:
                 folder.write_text("summary.json", "new")
             assert folder.summary.read_text() == "old"
             assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "summary.json"]
+
+
+class Answers(BaseModule):
+    """Names its prompts by text, as a user's module may."""
+
+    def forward_step(self, data):
+        names = [f"prompt {prompt}" for prompt in data["prompt"]]
+        return {**data, "prompt_uid": names, "completion": names}
+
+
+class Learner(BaseModule):
+    def train_step(self, data_list):
+        pass
+
+
+class TestRecorder:
+    def run(self, folder: Path) -> None:
+        runtime = {"output_dir": folder, "num_episode": 3, "sample_per_episode": 2}
+        chatlearn.init({"runtime": runtime})
+        answers, learner = Answers("answers"), Learner("learner")
+        engine = Engine(
+            Environment(lambda data: answers.forward_step(data)),
+            Trainer(lambda data: learner.train_step(data)),
+            Evaluator(lambda data: answers.forward_step(data)).set_dataset([[1, 2], [3]]),
+        )
+        assert engine.set_dataset([[4], [5]]).learn().episodes == 3
+
+    def test_samples_of_any_kind_become_transcripts_and_a_report(self, tmp_path, capsys):
+        self.run(tmp_path)
+        rows = read_rows(tmp_path / "transcripts.jsonl")
+        assert {row["prompt_uid"] for row in rows} == {f"prompt [{x}]" for x in ("1, 2", 3, 4, 5)}
+        assert "[1, 2]" in (tmp_path / "report.html").read_text()
+        assert "missing" not in capsys.readouterr().out
+
+    def test_a_report_that_fails_leaves_a_finished_run_finished(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        def broken(folder):
+            raise ZeroDivisionError("no scale")
+
+        monkeypatch.setattr("chatlearn.observability.recorder.write_report", broken)
+        self.run(tmp_path)
+        shown = capsys.readouterr().out
+        assert "the report could not be written: ZeroDivisionError: no scale" in shown
+        assert f"chatlearn report {tmp_path}" in shown
+        assert json.loads((tmp_path / "summary.json").read_text())["complete"] is True
+
+    def test_transcripts_that_fail_are_noted_once(self, tmp_path, monkeypatch, capsys):
+        def broken(self, batches, **where):
+            raise KeyError("prompt")
+
+        monkeypatch.setattr(TranscriptLog, "record", broken)
+        self.run(tmp_path)
+        shown = capsys.readouterr().out
+        assert shown.count("are missing in transcripts.jsonl: KeyError: 'prompt'") == 1
+        assert "report: " in shown
 
 
 class TestTrackers:

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from chatlearn.errors import OutputError
 from chatlearn.observability.charts import (
@@ -161,6 +162,29 @@ def test_before_and_after_pair_by_prompt_even_when_uids_went_on(page):
     assert page.text.count("after episode 30") == 4
     assert "last 0" in page.text
     assert "after episode 10" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ([1, 2, 3], "[1, 2, 3]"),
+        (torch.tensor([4, 5]), "[4, 5]"),
+        ([], "[]"),
+        (["é", {"role": "user"}], '["é", {"role": "user"}]'),
+        ([{"text": "no role"}], '[{"text": "no role"}]'),
+        ({"question": "<b>"}, '{"question": "<b>"}'),
+    ],
+)
+def test_prompts_that_are_no_chat_are_shown_as_json(tmp_path, prompt, shown):
+    log = TranscriptLog(tmp_path / "transcripts.jsonl")
+    for episode in (0, 1):
+        for phase in ("train", "eval"):
+            log.record({"prompt": [prompt], "completion": ["c"]}, episode=episode, phase=phase)
+    log.close()
+    page = Page(render(tmp_path))
+    assert page.open_tags == []
+    assert page.text.count(shown) == 3  # before and after share a card
+    assert ("div", {"class": "message"}) not in page.elements
 
 
 def test_nothing_from_the_run_becomes_markup(page):
