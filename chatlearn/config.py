@@ -9,13 +9,11 @@ A value is set by, each overruling the one before: the default, the constructor 
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import json
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -49,6 +47,7 @@ from chatlearn.config_sources import (
     read_overrides,
     resolve,
 )
+from chatlearn.config_text import plain, to_yaml
 from chatlearn.errors import ConfigError
 
 __all__ = [
@@ -122,6 +121,8 @@ class RuntimeConfig(BaseModel):
     """Episodes between two evaluations, if there is an evaluator."""
     enable_eval_before_training: bool = False
     """Whether to evaluate once before the first episode."""
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=["tensorboard"])
+    """Where metrics go besides the run folder's `metrics.jsonl`; `wandb` needs the extra `wandb`."""
     num_training_epoch: int = Field(default=1, ge=1)
     """Passes of the trainer flow over the samples of an episode."""
     incomplete_step: Literal["fill", "drop_last", "keep"] = "fill"
@@ -241,20 +242,24 @@ class Config:
 
     def to_dict(self, modules: Mapping[str, ModuleConfig] | None = None) -> dict[str, Any]:
         """Return every value, safe for JSON and YAML; `modules` are the resolved ones by name."""
-        resolved = {name: config.model_dump() for name, config in (modules or {}).items()}
-        models: dict[str, Any] = {**self._models, **resolved}
-        return {"runtime": plain(self.runtime.model_dump()), "models": plain(models)}
+        return plain(self._values(modules))
 
     def to_yaml(self, modules: Mapping[str, ModuleConfig] | None = None) -> str:
-        """Return `to_dict` as YAML that `init` reads again."""
-        import yaml
+        """Return the values as YAML that `init` reads again.
 
-        return yaml.safe_dump(self.to_dict(modules), sort_keys=False, allow_unicode=True)
+        Objects that only code can hold (a reward function, a model) stand in comments at its end:
+        a module that is constructed with them keeps them.
+        """
+        return to_yaml(self._values(modules))
+
+    def _values(self, modules: Mapping[str, ModuleConfig] | None) -> dict[str, Any]:
+        resolved = {name: config.model_dump() for name, config in (modules or {}).items()}
+        return {"runtime": self.runtime.model_dump(), "models": {**self._models, **resolved}}
 
     def digest(self, modules: Mapping[str, ModuleConfig] | None = None) -> str:
-        """Return the SHA-256 of what the run computes: all values but `output_dir` and `resume`."""
+        """Return the SHA-256 of what the run computes: all but `output_dir`, `resume`, `trackers`."""
         values = self.to_dict(modules)
-        for place in ("output_dir", "resume"):
+        for place in ("output_dir", "resume", "trackers"):
             del values["runtime"][place]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -333,29 +338,3 @@ def command_line(overrides: Sequence[str] = (), recipe: Path | None = None) -> G
         yield
     finally:
         _session.config, _session.recipe, _session.overrides = before
-
-
-def plain(value: Any) -> Any:
-    """Reduce a value to what JSON and YAML hold: paths as text, callables as their names."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value.value if isinstance(value, Enum) else value
-    if isinstance(value, BaseModel):
-        return plain(value.model_dump())
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in cast(Sequence[Any], value)]
-    if isinstance(value, set | frozenset):
-        return sorted((plain(item) for item in cast(Collection[Any], value)), key=repr)
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, functools.partial):
-        return plain(cast(Any, value).func)
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    kind = cast(Any, type(value))
-    if kind.__repr__ is object.__repr__ or callable(value):
-        return f"{kind.__module__}.{kind.__qualname__}"
-    return str(value)[:200]

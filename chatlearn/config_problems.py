@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -19,6 +19,26 @@ from chatlearn.errors import ConfigError
 
 PlaceOf = Callable[[KeyPath], str]
 _SIMPLE: tuple[Any, ...] = (int, float, str, bool, dict, list, Path)
+_KINDS = {
+    "bool": "true or false",
+    "dict": "keys and values",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list",
+    "model": "keys and values",
+    "path": "a path",
+    "set": "a list",
+    "string": "text",
+    "tuple": "a list",
+}
+"""What to write where pydantic reports `<kind>_type` or `<kind>_parsing`."""
+_EXAMPLES: dict[Any, str] = {
+    bool: "true",
+    float: "0.5",
+    int: "8",
+    str: "text",
+    Path: "folder/name",
+}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}
 
 
@@ -96,25 +116,91 @@ def _field_problem(
         return unknown_key(path, owner.model_fields if owner else (), place_of)
     dotted = ".".join(path)
     if detail["type"] == "missing":
-        return Problem(f"{dotted} must be set", place_of(path), f"give {_expected(model, inner)}")
+        return Problem(f"{dotted} must be set", place_of(path), _give(model, inner))
     got: Any = detail["input"]
     if not inner:
-        return Problem(detail["msg"].removeprefix("Value error, "), place_of(path), "")
+        return _section_problem(detail, model, path, place_of)
     field = _field(model, inner)
     match = None
-    if isinstance(got, str) and field is not None:
+    if detail["type"] == "literal_error" and isinstance(got, str) and field is not None:
         match = closest(got, [v for v in _literals(field.annotation) if isinstance(v, str)])
     expected = _expected(model, inner)
+    if detail["type"] == "literal_error":
+        expected = expected.replace("a list of", "one of", 1)
     position = "".join(f"[{step}]" for step in detail["loc"] if isinstance(step, int))
     return Problem(
         f"{dotted}{position} is {got!r} ({type(got).__name__}), expected {expected}",
         place_of(path),
-        f"did you mean {match!r}?" if match else _hint(detail),
+        f"did you mean {match!r}?" if match else _hint(detail, inner[-1], field),
     )
 
 
-def _hint(detail: ErrorDetails) -> str:
-    return re.sub(r"^Input\b", "the value", detail["msg"].removeprefix("Value error, "))
+def _section_problem(
+    detail: ErrorDetails, model: type[BaseModel], path: KeyPath, place_of: PlaceOf
+) -> Problem:
+    """Word what a `model_validator` raised as ValueError by the fields that its text names."""
+    cause = _message(detail)
+    named = [name for name in model.model_fields if re.search(rf"\b{name}\b", cause)]
+    given: Any = detail["input"]
+    lacking = [name for name in named if isinstance(given, Mapping) and name not in given]
+    if lacking and len(lacking) < len(named):
+        fix = _give(model, (lacking[-1],))
+    elif named:
+        fix = f"change {' or '.join(f'`{name}`' for name in named)}"
+    else:
+        fix = "change the values of this section"
+    first = next((name for name in named if name not in lacking), None)
+    return Problem(cause, place_of((*path, first) if first else path), fix)
+
+
+def _give(model: type[BaseModel], path: KeyPath) -> str:
+    """Ask for a field by what its documentation says, or else by its type."""
+    field = _field(model, path)
+    text = " ".join((field.description or "").split()) if field else ""
+    return f"give {path[-1]}: {text or _expected(model, path)}"
+
+
+def _message(detail: ErrorDetails) -> str:
+    return re.sub(r"^(Value|Assertion) error, ", "", detail["msg"])
+
+
+def _hint(detail: ErrorDetails, name: str, field: FieldInfo | None) -> str:
+    """Say what to write where the type is wrong; what pydantic says where something else is."""
+    kind, _, what = detail["type"].rpartition("_")
+    if field is None or what not in ("type", "parsing") or kind not in _KINDS:
+        return re.sub(r"^Input\b", "the value", _message(detail))
+    return f"write {_KINDS[kind]}, for example {name}: {_example_of(field)}"
+
+
+def _example_of(field: FieldInfo) -> str:
+    default = None if field.is_required() or field.default_factory else field.default
+    return _example(field.annotation) if default in (None, [], {}, "") else _as_yaml(default)
+
+
+def _example(annotation: Any) -> str:
+    """Write a value of a type in YAML: `[8]` for `list[int]`."""
+    arguments = [a for a in get_args(annotation) if a not in (type(None), ...)]
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return _as_yaml(arguments[0])
+    if origin in (list, tuple, set, frozenset):
+        return f"[{', '.join(map(_example, arguments))}]"
+    if origin is dict:
+        return f"{{name: {_example(arguments[1])}}}"
+    if arguments:  # a union or Annotated
+        return _example(arguments[0])
+    if inner := _model_in(annotation):
+        name, field = next(iter(inner.model_fields.items()))
+        return f"{{{name}: {_example_of(field)}}}"
+    return _EXAMPLES.get(annotation, "value")
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_yaml, cast('Sequence[Any]', value)))}]"
+    if isinstance(value, BaseModel):
+        return _example(type(value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _inner_path(detail: ErrorDetails, model: type[BaseModel]) -> KeyPath:
@@ -163,7 +249,8 @@ def _expected(model: type[BaseModel], path: KeyPath) -> str:
         return "another value"
     literals = list(_literals(field.annotation))
     if literals:
-        return f"one of {', '.join(map(repr, literals))}"
+        words = "a list of" if get_origin(field.annotation) is list else "one of"
+        return f"{words} {', '.join(map(repr, literals))}"
     annotation = field.annotation
     name = getattr(annotation, "__name__", "") if annotation in _SIMPLE else str(annotation)
     name = re.sub(r"Annotated\[(\w+), .*?\]", r"\1", re.sub(r"\b(\w+\.)+(?=\w)", "", name))

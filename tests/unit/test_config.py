@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chatlearn.config import (
     Config,
@@ -22,6 +22,7 @@ from chatlearn.config import (
     init,
     plain,
 )
+from chatlearn.config_text import to_yaml
 from chatlearn.errors import ConfigError
 
 
@@ -366,7 +367,26 @@ def test_init_refuses_other_types() -> None:
         ({"resume": ""}, "neither 'auto', 'never'", "did you mean 'never'?"),
         ({"num_episode": -1}, "expected int >= 0", "greater than or equal to 0"),
         ({"seed": 1.5}, "runtime.seed is 1.5 (float), expected int", "fractional part"),
-        ({"colocation": ["policy"]}, "runtime.colocation[0]", "valid list"),
+        (
+            {"colocation": ["policy"]},
+            "runtime.colocation[0]",
+            "write a list, for example colocation: [[text]]",
+        ),
+        ({"data_ratio": 3}, "data_ratio is 3", "write a list, for example data_ratio: [8]"),
+        ({"seed": "x"}, "seed is 'x'", "write a whole number, for example seed: 0"),
+        ({"resume": 3}, "resume is 3", "write text, for example resume: never"),
+        (
+            {"data_shuffle": "perhaps"},
+            "data_shuffle is 'perhaps'",
+            "write true or false, for example data_shuffle: false",
+        ),
+        ({"trackers": ["wandbb"]}, "runtime.trackers[0] is 'wandbb'", "did you mean 'wandb'?"),
+        ({"trackers": ["x"]}, "[0] is 'x' (str), expected one of 'tensorboard', 'wandb'", ""),
+        (
+            {"trackers": "wandb"},
+            "expected a list of 'tensorboard', 'wandb'",
+            "for example trackers: [tensorboard]",
+        ),
     ],
 )
 def test_contradictions_name_the_way_out(runtime: dict[str, Any], cause: str, fix: str) -> None:
@@ -374,6 +394,71 @@ def test_contradictions_name_the_way_out(runtime: dict[str, Any], cause: str, fi
     assert cause in error.cause
     assert fix in error.fix
     assert error.place.startswith("code runtime.")
+
+
+class LearnerConfig(ModuleConfig):
+    model: Any
+    """Folder or hub id; a dict
+    with `model_type`."""
+    schedule: str = "constant"
+    """What follows."""
+    steps: int | None = None
+    """Updates until the schedule reaches 0."""
+    inner: OptimiserConfig = OptimiserConfig()
+    undocumented: dict[str, float] | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    path: Path | None = None
+    share: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnerConfig:
+        if self.schedule == "linear" and self.steps is None:
+            raise ValueError("schedule 'linear' needs steps")
+        if self.schedule == "cosine":
+            raise ValueError("schedule 'cosine' and steps=3 do not fit")
+        if self.schedule == "odd":
+            raise ValueError("this is odd")
+        return self
+
+
+def learner_error(**settings: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        init().module("learner", LearnerConfig, settings)
+    return caught.value
+
+
+def test_a_field_that_must_be_set_says_what_it_takes() -> None:
+    error = learner_error()
+    assert error.cause == "models.learner.model must be set"
+    assert error.fix == "give model: Folder or hub id; a dict with `model_type`."
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ({"undocumented": 3}, "write keys and values, for example undocumented: {name: 0.5}"),
+        ({"betas": 3}, "write a list, for example betas: [0.9, 0.999]"),
+        ({"betas": ["x", 1]}, "write a number, for example betas: [0.9, 0.999]"),
+        ({"share": "x"}, "write a number, for example share: 0.5"),
+        ({"path": 3}, "write a path, for example path: folder/name"),
+        ({"steps": [3]}, "write a whole number, for example steps: 8"),
+        ({"inner": 3}, "write keys and values, for example inner: {kind: adamw}"),
+    ],
+)
+def test_a_value_of_the_wrong_type_says_what_to_write(settings: dict[str, Any], fix: str) -> None:
+    assert learner_error(model="m", **settings).fix == fix
+
+
+def test_values_that_do_not_fit_together_have_a_fix() -> None:
+    error = learner_error(model="m", schedule="linear")
+    assert error.cause == "schedule 'linear' needs steps"
+    assert error.place == "code models.learner.schedule"
+    assert error.fix == "give steps: Updates until the schedule reaches 0."
+    error = learner_error(model="m", schedule="cosine", steps=3)
+    assert error.fix == "change `schedule` or `steps`"
+    error = learner_error(model="m", schedule="odd")
+    assert error.cause == "this is odd"
+    assert error.fix == "change the values of this section"
 
 
 def test_values_that_fit_are_accepted() -> None:
@@ -400,6 +485,58 @@ def test_the_resolved_configuration_reads_back_the_same() -> None:
     again = init(yaml.safe_load(text))
     assert again.runtime == config.runtime
     assert again.module("policy", PolicyConfig, {}) == policy
+
+
+def test_a_run_s_configuration_file_starts_the_same_run_again(
+    write: Callable[[str, str], Path],
+) -> None:
+    import yaml
+
+    settings = {"reward": a_reward, "temperature": 0.3, "path": Path("m")}
+    config = init({"runtime": {"seed": 3, "output_dir": "runs/a"}})
+    policy = config.module("policy", PolicyConfig, settings)
+    text = config.to_yaml({"policy": policy})
+    comment = f"# Set in code, which this file cannot hold:\n# models.policy.reward: {__name__}.a_reward\n"
+    assert text.endswith(comment)
+    assert "reward" not in yaml.safe_load(text)["models"]["policy"]
+    again = init(write("config.yaml", text))
+    assert again.runtime == config.runtime
+    assert again.module("policy", PolicyConfig, settings) == policy
+    assert again.module("policy", PolicyConfig, {"reward": len}).reward is len
+    assert again.provenance("models.policy.temperature").startswith("config.yaml:")
+    named = {"policy": policy}
+    assert config.to_dict(named)["models"]["policy"]["reward"] == f"{__name__}.a_reward"
+    other = config.module("policy", PolicyConfig, {**settings, "reward": len})
+    assert config.digest({"policy": other}) != config.digest(named)
+
+
+def test_what_yaml_cannot_hold_is_left_out_at_any_depth() -> None:
+    text = to_yaml(
+        {"a": {"b": {"c": len, "d": 1}, "e": [1, len], "f": object()}, "g": "two\nlines", "h": {}}
+    )
+    assert text.splitlines()[:5] == ["a:", "  b:", "    d: 1", "g: 'two", ""]
+    assert text.splitlines()[-4:] == [
+        "# Set in code, which this file cannot hold:",
+        "# a.b.c: builtins.len",
+        "# a.e: [1, 'builtins.len']",
+        "# a.f: builtins.object",
+    ]
+    assert "#" not in to_yaml({"a": None})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e5", "1.e-5", "-.5", "nan", "${runtime.seed}", "a\\${x}", "on", "~", "#", "a: b", "é"],
+)
+def test_texts_are_read_back_as_they_were(text: str, write: Callable[[str, str], Path]) -> None:
+    class Texts(ModuleConfig):
+        one: str
+        many: list[str]
+
+    config = init()
+    texts = config.module("m", Texts, {"one": text, "many": [text]})
+    again = init(write("config.yaml", config.to_yaml({"m": texts})))
+    assert again.module("m", Texts, {"one": "", "many": []}) == texts
 
 
 def a_reward(completions: list[str]) -> list[float]:
@@ -438,7 +575,7 @@ def test_the_digest_follows_what_the_run_computes() -> None:
     assert len(digest()) == 64
     assert digest({"seed": 1}) != digest()
     assert digest(temperature=0.5) != digest()
-    assert digest({"output_dir": "a", "resume": "auto"}) == digest()
+    assert digest({"output_dir": "a", "resume": "auto", "trackers": []}) == digest()
 
 
 def test_configurations_cannot_be_changed() -> None:
