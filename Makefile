@@ -30,7 +30,7 @@ format: $(DEV) ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BASE) ## Compare a GRPO step with a hand-written loop
+bench: $(BASE) ## Compare a GRPO step with a hand-written loop, briefly (in full: .venv/bin/python benchmarks/grpo_step.py)
 	$(BIN)/python benchmarks/grpo_step.py --quick
 
 docs: $(DEV) ## Check that links and paths in the documentation lead somewhere
@@ -43,8 +43,8 @@ clean: ## Remove what the tools leave behind, .venv excepted
 	rm -rf build dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	  || { echo "Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is none of them: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(BASE): pyproject.toml constraints.txt | $(BIN)/python

@@ -101,7 +101,7 @@ class ByHand:
         self.bf16 = bf16
         self.tokenizer, self.tokens, self.device = tokenizer, tokens, device
         self.optimiser = torch.optim.AdamW(
-            self.trainer.parameters(), lr=1e-4, weight_decay=0.0, fused=device == "cuda"
+            self.trainer.parameters(), lr=1e-4, weight_decay=0.0, fused=True
         )
 
     def generate(self, prompts: list[str]) -> tuple[Any, Any]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import chatlearn
 from chatlearn import Engine, Environment, Trainer
+from chatlearn.config import RuntimeConfig, active, command_line
+from chatlearn.inspection import Inspection, inspecting
 from chatlearn.models import FunctionReward, GroupAdvantage, PolicyInference, PolicyTrainer
 
 FOLDER = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -103,6 +107,54 @@ def test_the_loop_by_hand_gives_the_engine_s_losses(examples, tmp_path):
         assert ours == pytest.approx(hand, abs=2e-5)
     for ours, hand in zip(trained.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, hand, atol=2e-4, rtol=0)
+
+
+def test_the_quickstart_s_settings_are_those_of_the_loop_by_hand(examples, tmp_path, monkeypatch):
+    """The test above gives the engine the settings of the loop; the recipe must have the same."""
+    import by_hand
+    import tasks
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py"])
+    threads = torch.get_num_threads()
+    with command_line(), pytest.raises(Inspection) as stopped, inspecting(resolved_settings):
+        runpy.run_path(str(FOLDER / "quickstart.py"), run_name="__main__")
+    torch.set_num_threads(threads)
+    assert stopped.value.error is None
+    runtime, modules = stopped.value.result
+    samples, updates = by_hand.PROMPTS * by_hand.SAMPLES, by_hand.EPISODES * by_hand.UPDATES
+    assert (runtime.num_episode, runtime.sample_per_episode) == (by_hand.EPISODES, samples)
+    assert runtime.num_inference_per_prompt == by_hand.SAMPLES
+    assert runtime.train_global_batch_size == samples // by_hand.UPDATES
+    assert (runtime.num_training_epoch, runtime.data_shuffle) == (1, False)
+    policy, learner = modules["policy"], modules["policy_trainer"]
+    assert (policy.temperature, policy.top_p, policy.top_k) == (1.0, 1.0, 0)
+    assert (policy.eval_temperature, policy.max_new_tokens) == (0.0, tasks.LONGEST_COMPLETION)
+    assert (learner.lr, learner.max_grad_norm) == (by_hand.LR, by_hand.MAX_GRAD_NORM)
+    assert (learner.clip_low, learner.clip_high) == (by_hand.CLIP_LOW, by_hand.CLIP_HIGH)
+    assert (learner.lr_schedule, learner.warmup_steps) == ("linear", by_hand.WARMUP)
+    assert learner.total_steps == updates
+    assert (learner.kl_coef, learner.entropy_coef) == (0.0, 0.0)
+    assert learner.loss_aggregation == "token-mean"
+    adam = optimiser_by_hand(by_hand)
+    assert (learner.betas, learner.weight_decay) == (adam["betas"], adam["weight_decay"])
+    advantage = modules["advantage"]
+    assert (advantage.normalise_std, advantage.leave_one_out, advantage.eps) == (True, False, 1e-6)
+
+
+def resolved_settings(engine: Engine) -> tuple[RuntimeConfig, dict[str, Any]]:
+    """Return what the recipe resolves to, before a weight is loaded."""
+    return active().runtime, {m.name: m.config for m in engine.check().modules}
+
+
+def optimiser_by_hand(by_hand: Any) -> dict[str, Any]:
+    """Return the settings of the optimiser that the loop makes before its first episode."""
+    loop = by_hand.grpo(torch.nn.Linear(1, 1), None, [], seed=0, episodes=0)
+    made: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", lambda parameters, **settings: made.append(settings))
+        assert list(loop) == []
+    return made[0]
 
 
 def test_by_hand_fits_on_a_page():
