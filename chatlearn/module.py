@@ -151,6 +151,12 @@ class BaseModule:
         """Return a torch-style dataset (optionally with `collate_fn`) over `prompts`, or None for the default one."""
         return None
 
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        """Refuse rows of the dataset that this module, as the first of a flow, cannot use.
+
+        Called after `setup()` and before the first episode, if `build_dataset` returned nothing; raise a `DataError`.
+        """
+
     def before_episode(self) -> None:
         """Run before every episode."""
 

@@ -47,6 +47,8 @@ class Stage:
         datasets: list[Dataset] = []
         for rows in sources:
             built = worker.hook("build_dataset", rows, **keywords)
+            if built is None:
+                worker.hook("check_rows", rows)
             dataset = PromptDataset(rows) if built is None else built
             if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
                 raise DataError(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
-from chatlearn.errors import BatchError, ChatLearnError
+from chatlearn.errors import BatchError, ChatLearnError, DataError
 from chatlearn.module import BaseModule, state_of
 from chatlearn.rollout.base import Completion, PromptRequest, SamplingParams
 from chatlearn.training.loading import Device, DType, check_source, load, resolve_device
@@ -118,6 +118,41 @@ class PolicyInference(BaseModule):
             max_tokens=config.max_prompt_tokens,
         )
         self._engine: TransformersEngine = TransformersEngine(loaded.model, loaded.tokenizer)
+
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        """Refuse a dataset with a prompt that is missing, empty or too long, before anything is sampled.
+
+        Raises:
+            DataError: naming the first such row.
+        """
+        most = self._engine.max_positions
+        for index in range(len(rows)):
+            row = rows[index]
+            columns_of = (
+                cast("Mapping[str, Any]", row)
+                if isinstance(row, Mapping)
+                else {columns.PROMPT: row}
+            )
+            if columns.PROMPT_IDS in columns_of:
+                continue
+            if columns.PROMPT not in columns_of:
+                raise DataError(
+                    f"row {index} of the dataset has no column {columns.PROMPT!r}, only {sorted(columns_of)}",
+                    place=f"module {self.name!r}",
+                    fix="name the text or the chat messages `prompt`",
+                )
+            ids = self._encoder.encode([columns_of[columns.PROMPT]], uids=[index], noun="row")[0]
+            if len(ids) == 0 or (most is not None and len(ids) >= most):
+                what = (
+                    "no tokens"
+                    if len(ids) == 0
+                    else f"{len(ids)} tokens; the model has {most} positions"
+                )
+                raise DataError(
+                    f"the prompt of row {index} has {what}",
+                    place=f"module {self.name!r}",
+                    fix="leave it out of the dataset, or shorten it",
+                )
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Sample one response per sample of `data`, with training's settings.

@@ -22,6 +22,7 @@ from chatlearn.observability.report import write_report
 from chatlearn.observability.run_folder import RunFolder
 from chatlearn.observability.trackers import TensorBoardTracker, Tracker
 from chatlearn.observability.transcripts import Batch, Phase, TranscriptLog
+from chatlearn.observability.wandb_tracker import WandbTracker
 
 _SHOWN_AS = {"sync": "syncing", "evaluation": "evaluating", "checkpoint": "saving"}
 _TOKENS = "_tokens"
@@ -87,9 +88,9 @@ class Recorder:
         if resumed:
             self._remember(self._metrics.rewind(done))
             self._transcripts.rewind(done)
-        board = TensorBoardTracker(self.folder.tensorboard, done + 1 if resumed else None)
-        self._trackers.append(board)
-        self._stack.callback(board.close)
+        for tracker in self._config.runtime.trackers:
+            self._trackers.append(self._open(tracker, modules, done + 1 if resumed else None))
+            self._stack.callback(self._trackers[-1].close)
         self._write_config(modules)
         for name, graph in graphs.items():
             sink = sink_of(name, graphs)
@@ -222,6 +223,14 @@ class Recorder:
         """Show a line of its own."""
         if self._progress is not None:
             self._progress.note(text)
+
+    def _open(
+        self, tracker: str, modules: Mapping[str, ModuleConfig], first_step: int | None
+    ) -> Tracker:
+        if tracker == "tensorboard":
+            return TensorBoardTracker(self.folder.tensorboard, first_step)
+        project = self.folder.path.resolve().name
+        return WandbTracker(project, self.folder.path, self._config.to_dict(modules))
 
     def _transcribe(self, batches: Batch | Sequence[Batch], episode: int, phase: Phase) -> None:
         """Keep transcripts; where that fails, say so once and go on."""

@@ -169,9 +169,11 @@ def _samples(data: Mapping[str, Any]) -> int:
     return len(next(iter(data.values()), ()))
 
 
-def _own(value: Any) -> Any:
-    """Give the function a list of its own: sorting it must not reorder the batch."""
-    return list(cast("list[Any]", value)) if isinstance(value, list) else value
+def _own(column: Any) -> list[Any]:
+    """Return a column as a list of the function's own, of Python numbers instead of tensors of one number."""
+    if hasattr(column, "tolist") and getattr(column, "ndim", 0) == 1:
+        return cast("list[Any]", column.tolist())
+    return list(cast("Sequence[Any]", column))
 
 
 def _short(value: Any) -> str:

@@ -31,12 +31,15 @@ class PromptEncoder:
     max_tokens: int | None = None
     """Longest prompt allowed."""
 
-    def encode(self, prompts: Sequence[Any], *, uids: Sequence[int]) -> list[Tensor]:
+    def encode(
+        self, prompts: Sequence[Any], *, uids: Sequence[int], noun: str = "sample"
+    ) -> list[Tensor]:
         """Encode prompts.
 
         Args:
             prompts: `[B]`, each a string or a list of messages `{"role": ..., "content": ...}`.
             uids: `[B]` numbers of the samples, for error messages.
+            noun: What the numbers are of: "sample", or "row" of a dataset.
 
         Returns:
             `[B]` int64 tensors `[P_i]`; equal prompts share one tensor.
@@ -49,31 +52,35 @@ class PromptEncoder:
         for prompt, uid in zip(prompts, uids, strict=True):
             key = prompt if isinstance(prompt, str) else repr(prompt)
             if key not in known:
-                known[key] = torch.tensor(self._one(prompt, uid), dtype=torch.int64)
+                known[key] = torch.tensor(
+                    self._one(prompt, f"{noun} {uid}", _place(noun, uid)), dtype=torch.int64
+                )
             encoded.append(known[key])
-        self.check(encoded, uids=uids)
+        self.check(encoded, uids=uids, noun=noun)
         return encoded
 
-    def check(self, prompt_ids: Sequence[Tensor], *, uids: Sequence[int]) -> None:
+    def check(
+        self, prompt_ids: Sequence[Tensor], *, uids: Sequence[int], noun: str = "sample"
+    ) -> None:
         """Raise `DataError` for the first prompt that is longer than `max_tokens`."""
         for ids, uid in zip(prompt_ids, uids, strict=True):
             if self.max_tokens is not None and len(ids) > self.max_tokens:
                 raise DataError(
-                    f"the prompt of sample {uid} has {len(ids)} tokens; "
+                    f"the prompt of {noun} {uid} has {len(ids)} tokens; "
                     f"max_prompt_tokens is {self.max_tokens}",
-                    place=f"uid {uid}",
+                    place=_place(noun, uid),
                     fix="raise max_prompt_tokens, or leave such prompts out of the dataset",
                 )
 
-    def _one(self, prompt: Any, uid: int) -> list[int]:
+    def _one(self, prompt: Any, whose: str, place: str) -> list[int]:
         if isinstance(prompt, str):
             if not self.chat_template:
                 return self._text(prompt)
             prompt = [{"role": "user", "content": prompt}]
         if not _is_messages(prompt):
             raise DataError(
-                f"the prompt of sample {uid} is a {type(prompt).__name__}, not text or messages",
-                place=f"uid {uid}",
+                f"the prompt of {whose} is a {type(prompt).__name__}, not text or messages",
+                place=place,
                 fix='give a string, or a list of {"role": ..., "content": ...}',
             )
         if self.chat_template is False or not self.tokenizer.chat_template:
@@ -83,8 +90,8 @@ class PromptEncoder:
                 else "the tokenizer has none"
             )
             raise DataError(
-                f"the prompt of sample {uid} needs a chat template, but {why}",
-                place=f"uid {uid}",
+                f"the prompt of {whose} needs a chat template, but {why}",
+                place=place,
                 fix="use a tokenizer with a chat template, or give prompts as plain text",
             )
         text = self.tokenizer.apply_chat_template(
@@ -116,3 +123,7 @@ def _is_messages(prompt: Any) -> bool:
         return False
     messages = cast("Sequence[Any]", prompt)
     return all(isinstance(message, Mapping) and "role" in message for message in messages)
+
+
+def _place(noun: str, number: int) -> str:
+    return f"uid {number}" if noun == "sample" else f"{noun} {number}"

@@ -235,3 +235,44 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     text = message_of(caught)
     for part in ("ray", "nowhere", "is empty"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"prompt": "1" * 600, "answer": "1"}, "row 3 has 600 tokens"),
+        ({"prompt": 7, "answer": "1"}, "row 3 is a int"),
+    ],
+)
+def test_a_row_that_the_policy_cannot_use_is_found_before_anything_is_sampled(tmp_path, bad, match):
+    class Deaf(PolicyInference):
+        def forward_step(self, data):
+            raise AssertionError("sampled before all rows were looked at")
+
+    init(tmp_path, num_inference_per_prompt=1, sample_per_episode=1)
+    with pytest.raises(ModuleError, match=match) as caught:
+        grpo(policy=Deaf("policy", model=tiny_pair), data=[*ROWS[:3], bad]).learn()
+    message_of(caught)
+
+
+def test_a_missing_prompt_column_is_named_with_what_there_is(tmp_path):
+    init(tmp_path)
+    with pytest.raises(ModuleError, match=r"no column 'prompt', only \['answer', 'promt'\]"):
+        grpo(data=[{"promt": "1+1=", "answer": "2"}]).learn()
+
+
+@pytest.mark.parametrize(("answer", "kind"), [(4, int), (True, bool), (0.5, float), ("4", str)])
+def test_a_reward_gets_python_values_whatever_the_columns_type(tmp_path, answer, kind):
+    seen: list[type] = []
+
+    def typed(completions, answer):
+        seen.extend(type(value) for value in answer)
+        return [0.0] * len(completions)
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i}=", "answer": answer}) + "\n" for i in (1, 2))
+    )
+    init(tmp_path)
+    grpo(typed, data=path).learn()
+    assert set(seen) == {kind}

@@ -44,7 +44,7 @@ def test_a_function_gets_columns_by_parameter_name():
     assert seen["prompts"] == ["1+1=", "2+2=", "3+3="]
     assert seen["completions"] == seen["completion"] == ["2", "5", "6"]
     assert seen["answer"] == ["2", "4", "6"]
-    assert seen["uid"].tolist() == [7, 8, 9]
+    assert seen["uid"] == [7, 8, 9]
     assert seen["missing"] == 5
 
 
