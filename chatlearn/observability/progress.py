@@ -99,6 +99,7 @@ class Progress:
         self._now = Headline()
         self._first_accuracy: float | None = None
         self._accuracy: float | None = None
+        self._measured = "accuracy"
         self._rewards: deque[float] = deque(maxlen=400)
         self._durations: deque[float] = deque(maxlen=20)
         self._last_done = self._last_line = clock()
@@ -140,14 +141,19 @@ class Progress:
     def tick(self, tokens: int) -> None:
         """Take note of tokens that a call under way has produced."""
         self._phase_tokens += tokens
+        self._beat(f"{quantity(self._phase_tokens)} tokens")
+
+    def _beat(self, amount: str) -> None:
+        """In plain mode, give a sign of life during long work."""
+        if self._live is None and self._clock() - self._last_line > HEARTBEAT_S:
+            done = f"episode {self._episode + 1}/{self._total}"
+            self._write(f"{done}  {self._phase}  {amount}")
 
     @_never_disturb
     def advance(self, call: Call) -> None:
         """Take note of a finished call."""
         self._phase_samples += call.samples
-        if self._live is None and self._clock() - self._last_line > HEARTBEAT_S:
-            done = f"episode {self._episode + 1}/{self._total}"
-            self._write(f"{done}  {self._phase}  {self._phase_samples} samples")
+        self._beat(f"{self._phase_samples} samples")
 
     @_never_disturb
     def episode_done(self, metrics: Mapping[str, float]) -> None:
@@ -174,6 +180,7 @@ class Progress:
         key = find_key(metrics, ACCURACY) or find_key(metrics, REWARD)
         if key is not None:
             self._accuracy = metrics[key]
+            self._measured = "accuracy" if find_key({key: 0.0}, ACCURACY) else "eval reward"
             if self._first_accuracy is None:
                 self._first_accuracy = self._accuracy
         names = sorted(metrics, key=lambda name: name != key)[:4]
@@ -302,7 +309,7 @@ class Progress:
             doing.append(f"  {self._phase_samples} samples", style="dim")
         facts = Text("  ".join(self._numbers()))
         if self._accuracy is not None:
-            facts.append(f"  accuracy {number(self._accuracy)}", style="green")
+            facts.append(f"  {self._measured} {number(self._accuracy)}", style="green")
             if self._first_accuracy != self._accuracy and self._first_accuracy is not None:
                 facts.append(f" (from {number(self._first_accuracy)})", style="dim")
         lines: list[RenderableType] = [head, doing]
