@@ -182,7 +182,7 @@ def _check_backend(program: Program) -> None:
 
 
 def _check_placement(program: Program) -> None:
-    """Refuse names that do not exist, and say what has no effect in one process."""
+    """Refuse names that do not exist; note what has no effect here, or another one than it seems."""
     config, names = program.config, [module.name for module in program.modules]
     for name in (name for group in config.runtime.colocation for name in group):
         if name not in names:
@@ -214,6 +214,12 @@ def _check_placement(program: Program) -> None:
             program.notes.append(
                 f"{', '.join(f'{key}.{k}' for k in idle)}: no effect in one process (runtime.backend=local)"
             )
+    grouped = [module.name for module in program.modules if module.batch_by == "group"]
+    if grouped and config.runtime.num_inference_per_prompt == 1:
+        program.notes.append(
+            f"{', '.join(grouped)} compares the samples of a prompt, but every prompt has one sample: "
+            "set runtime.num_inference_per_prompt, e.g. to 8"
+        )
     if config.runtime.colocation:
         program.notes.append("runtime.colocation: no effect in one process (runtime.backend=local)")
 

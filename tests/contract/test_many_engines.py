@@ -22,7 +22,7 @@ from chatlearn import (
 )
 from chatlearn.config import ModuleConfig
 from chatlearn.errors import ChatLearnError
-from chatlearn.models import PolicyInference, PolicyTrainer
+from chatlearn.models import GroupAdvantage, PolicyInference, PolicyTrainer
 from chatlearn.testing import tiny_pair
 
 PROMPTS = list("abcdef")
@@ -308,3 +308,11 @@ def test_two_calls_of_a_policy_draw_different_numbers():
     Engine(Environment(env_flow)).set_dataset(PROMPTS).learn()
     assert seen["first"] != seen["again"]
     assert seen["first"] != seen["other"]
+
+
+def test_groups_of_one_are_noted():
+    advantage = GroupAdvantage("advantage")
+    engine = Engine(Environment(lambda b: advantage.forward_step(b))).set_dataset(PROMPTS)
+    assert "every prompt has one sample" in engine.check().notes[0]
+    chatlearn.init({"runtime": {"num_inference_per_prompt": 2}})
+    assert engine.check().notes == []
