@@ -148,7 +148,13 @@ def _configuration(run_folder: Path) -> str:
         raise OutputError(f"not YAML: {error}", place=str(path), fix="delete it") from error
     origins = _read_mapping(run_folder / "config_origins.json")
     lines: list[str] = []
-    for key, value in _leaves("", values):
+    leaves = dict(_leaves("", values))
+    objects = {  # which no YAML holds
+        key: "(a Python object)"
+        for key in origins
+        if not any(leaf == key or leaf.startswith((f"{key}.", f"{key}[")) for leaf in leaves)
+    }
+    for key, value in {**leaves, **objects}.items():
         origin = str(origins.get(key, ""))
         css = ' class="default"' if origin == "default" else ""
         by = f'<td class="by">{escape(origin)}</td>' if origins else ""
