@@ -125,6 +125,10 @@ def raise_problems(problems: Sequence[ChatLearnError]) -> None:
     raise type(first)(f"{len(problems)} problems:\n{numbered}") from first
 
 
+def _at(config: Config, key: str) -> str:
+    return f"{config.provenance(key)} {key}"
+
+
 def _trace(program: Program) -> None:
     executors = (program.environment, program.trainer, program.evaluator)
     given = [executor for executor in executors if executor is not None]
@@ -163,20 +167,20 @@ def _check_backend(program: Program) -> None:
     if program.config.runtime.backend != "local":
         raise ConfigError(
             f"runtime.backend={program.config.runtime.backend!r} is not available in this version",
-            place=program.config.provenance("runtime.backend"),
+            place=_at(program.config, "runtime.backend"),
             fix="use runtime.backend=local",
         )
     for key in ("max_replay_episode", "replay_episode_offset"):
         if getattr(program.config.runtime, key):
             raise ConfigError(
                 f"runtime.{key} is not available in this version: episodes are not replayed",
-                place=program.config.provenance(f"runtime.{key}"),
+                place=_at(program.config, f"runtime.{key}"),
                 fix="take it out",
             )
     if program.config.runtime.max_staleness:
         raise ConfigError(
             "runtime.max_staleness is not available in this version: in one process samples are never stale",
-            place=program.config.provenance("runtime.max_staleness"),
+            place=_at(program.config, "runtime.max_staleness"),
             fix="leave it at 0",
         )
 
@@ -188,7 +192,7 @@ def _check_placement(program: Program) -> None:
         if name not in names:
             raise ConfigError(
                 f"runtime.colocation names {name!r}, which is no module of the flows",
-                place=config.provenance("runtime.colocation"),
+                place=_at(program.config, "runtime.colocation"),
                 fix=f"the modules are {', '.join(names)}",
             )
     trainer = program.graphs.get("trainer_flow")
@@ -203,7 +207,7 @@ def _check_placement(program: Program) -> None:
             program.problems.append(
                 ConfigError(
                     f"{key}.trainable={resolved.trainable}, but the module {where} the trainer flow",
-                    place=config.provenance(f"{key}.trainable"),
+                    place=_at(program.config, f"{key}.trainable"),
                     fix="take the key out: a module is trained if the trainer flow calls it",
                 )
             )
@@ -233,7 +237,7 @@ def _check_places(program: Program) -> None:
     ):
         raise CheckpointError(
             f"runtime.resume={runtime.resume!r} names no checkpoint",
-            place=program.config.provenance("runtime.resume"),
+            place=_at(program.config, "runtime.resume"),
             fix="name a folder such as <output_dir>/checkpoints/episode-000012, or use auto",
         )
     if runtime.output_dir is None:
@@ -244,7 +248,7 @@ def _check_places(program: Program) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
             f"the output folder cannot be used: {parent} is no folder that can be written",
-            place=program.config.provenance("runtime.output_dir"),
+            place=_at(program.config, "runtime.output_dir"),
             fix="choose another folder with runtime.output_dir=...",
         )
 
@@ -257,7 +261,7 @@ def _check_graphs(program: Program) -> None:
             program.problems.append(
                 ConfigError(
                     f"module {module.name!r} is in the trainer flow and cannot have replicas",
-                    place=program.config.provenance(f"models.{module.name}.num_replica"),
+                    place=_at(program.config, f"models.{module.name}.num_replica"),
                     fix=f"leave models.{module.name}.num_replica at 1",
                 )
             )

@@ -162,10 +162,15 @@ class ParameterSync:
             if self._shared:
                 continue  # the very same storage: `run` has looked
             if not torch.equal(tensor, sent.to(tensor)):
+                is_nan = bool(torch.isnan(sent).any())  # which equals nothing, itself included
                 raise SyncError(
-                    f"tensor {name!r} differs after the sync",
+                    f"tensor {name!r} of the source holds NaN"
+                    if is_nan
+                    else f"tensor {name!r} differs after the sync",
                     place=self.pair,
-                    fix="have load_state_dict() copy every tensor it is given",
+                    fix="look at the last train steps: lower the learning rate, clip gradients"
+                    if is_nan
+                    else "have load_state_dict() copy every tensor it is given",
                 )
             moved += tensor.numel() * tensor.element_size()
         return moved

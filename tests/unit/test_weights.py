@@ -283,3 +283,13 @@ def test_a_class_that_is_a_torch_module_itself_is_synced() -> None:
     report = ParameterSync(source, [destination], share=True).run()
     assert (report.tensors, report.shared) == (2, False)
     assert float(destination.layer.weight.detach().sum()) == 4.0
+
+
+def test_a_weight_that_is_nan_is_called_so() -> None:
+    class Breaking(Learner):
+        def train_step(self, data_list: list[dict[str, Any]]) -> None:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(torch.nan)
+
+    with pytest.raises(SyncError, match="holds NaN"):
+        train(CopyingSampler("sampler"), Breaking("learner"))
