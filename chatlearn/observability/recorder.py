@@ -17,6 +17,7 @@ from chatlearn.flow.draw import sink_of, to_mermaid, to_svg
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.observability.headline import EVAL
 from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
+from chatlearn.observability.progress import Call as ShownCall
 from chatlearn.observability.progress import Progress
 from chatlearn.observability.report import write_report
 from chatlearn.observability.run_folder import RunFolder
@@ -28,15 +29,9 @@ _SHOWN_AS = {"sync": "syncing", "evaluation": "evaluating", "checkpoint": "savin
 _TOKENS = "_tokens"
 
 
-class Call(Protocol):
-    """What is known of a finished call of a module."""
+class Call(ShownCall, Protocol):
+    """What is known of a finished call of a module, beyond what the display shows of it."""
 
-    @property
-    def module(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def samples(self) -> int: ...
     @property
     def seconds(self) -> float: ...
     @property
