@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chatlearn.config import Config, init
-    from chatlearn.engine import Engine, EvalEngine
+    from chatlearn.engine import Engine
     from chatlearn.errors import ChatLearnError, ConfigError, FlowError, ModuleError
     from chatlearn.executors import Environment, Evaluator, Trainer
     from chatlearn.flow.trace import ControlDependencies
     from chatlearn.module import BaseModule
+    from chatlearn.presets import DPOEngine, EvalEngine, GRPOEngine, OnlineDPOEngine, RLHFEngine
 
 __version__ = "0.1.0"
 
@@ -25,12 +26,16 @@ __all__ = [
     "Config",
     "ConfigError",
     "ControlDependencies",
+    "DPOEngine",
     "Engine",
     "Environment",
     "EvalEngine",
     "Evaluator",
     "FlowError",
+    "GRPOEngine",
     "ModuleError",
+    "OnlineDPOEngine",
+    "RLHFEngine",
     "Trainer",
     "__version__",
     "init",
@@ -42,12 +47,16 @@ _HOME = {
     "Config": "chatlearn.config",
     "ConfigError": "chatlearn.errors",
     "ControlDependencies": "chatlearn.flow.trace",
+    "DPOEngine": "chatlearn.presets",
     "Engine": "chatlearn.engine",
     "Environment": "chatlearn.executors",
-    "EvalEngine": "chatlearn.engine",
+    "EvalEngine": "chatlearn.presets",
     "Evaluator": "chatlearn.executors",
     "FlowError": "chatlearn.errors",
+    "GRPOEngine": "chatlearn.presets",
     "ModuleError": "chatlearn.errors",
+    "OnlineDPOEngine": "chatlearn.presets",
+    "RLHFEngine": "chatlearn.presets",
     "Trainer": "chatlearn.executors",
     "init": "chatlearn.config",
 }

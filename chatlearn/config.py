@@ -73,6 +73,9 @@ class ModuleConfig(BaseModel):
     """Samples per call at most; None takes `runtime.generation_batch_size`."""
     sync_frequency: int = Field(default=1, ge=1)
     """Episodes between two parameter syncs into this module."""
+    namespace: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.\-]+$")
+    """Name put before the columns that this module makes (`<namespace>/rewards`); it reads columns of that name before
+    plain ones. For several policies in one flow; needs a class that says what it `writes`."""
     num_replica: int = Field(default=1, ge=1)
     """Independent copies of the module that share its work by load."""
     num_gpu: float = Field(default=0, ge=0)
@@ -121,6 +124,12 @@ class RuntimeConfig(BaseModel):
     """Episodes between two evaluations, if there is an evaluator."""
     enable_eval_before_training: bool = False
     """Whether to evaluate once before the first episode."""
+    eval_num_inference_per_prompt: int = Field(default=1, ge=1)
+    """Samples of one prompt in evaluation; above 1, `avg@k` and `pass@k` of the rewards are measured."""
+    eval_pass_at_k: list[PositiveInt] | None = None
+    """The k of `pass@k`; None takes the powers of two up to the samples of a prompt, and that number itself."""
+    eval_pass_threshold: float = Field(default=1.0, allow_inf_nan=False)
+    """Reward from which on a sample counts as passed in `pass@k`."""
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=["tensorboard"])
     """Where metrics go besides the run folder's `metrics.jsonl`; `wandb` needs the extra `wandb`."""
     num_training_epoch: int = Field(default=1, ge=1)
@@ -160,6 +169,13 @@ class RuntimeConfig(BaseModel):
                 "train_micro_batch_size",
                 f"train_micro_batch_size={micro} is larger than train_global_batch_size={step}",
                 f"use {step} or less",
+            )
+        most = self.eval_num_inference_per_prompt
+        if too_many := [k for k in self.eval_pass_at_k or () if k > most]:
+            raise contradiction(
+                "eval_pass_at_k",
+                f"eval_pass_at_k has {too_many[0]}, more than eval_num_inference_per_prompt={most}",
+                f"use {most} or less, or more samples",
             )
         meant = closest(self.resume.lower(), ("auto", "never"))
         if self.resume not in ("auto", "never") and (meant or not self.resume):

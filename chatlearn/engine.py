@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from chatlearn.config import active
 from chatlearn.data.prompts import Source
+from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import EngineError
-from chatlearn.executors import Environment, Evaluator, PostProcess, Trainer
-from chatlearn.flow.trace import Flow
+from chatlearn.executors import Environment, Evaluator, Trainer
 from chatlearn.inspection import intercept
 from chatlearn.module import BaseModule
 from chatlearn.program import Program, SyncPair, compile_program, raise_problems
@@ -39,6 +39,7 @@ class Engine:
     ) -> None:
         self.name = name
         self._sync_pairs: list[SyncPair] = []
+        self._replay_sampler: ReplaySampler | None = None
         self._stage: Stage | None = None
         self.environment = _component(environment, Environment, "set_environment")
         self.trainer = _component(trainer, Trainer, "set_trainer")
@@ -83,7 +84,12 @@ class Engine:
     def check(self) -> Program:
         """Trace and validate everything without setting modules up; see `Program.problems`."""
         return compile_program(
-            active(), self.environment, self.trainer, self.evaluator, self._sync_pairs
+            active(),
+            self.environment,
+            self.trainer,
+            self.evaluator,
+            self._sync_pairs,
+            self._replay_sampler,
         )
 
     def set_dataset(self, dataset: Source) -> Self:
@@ -107,6 +113,19 @@ class Engine:
             if not isinstance(module, BaseModule):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise EngineError(f"set_parameter_sync takes two modules, not {module!r}")
         self._sync_pairs.append((source, destination))
+        return self
+
+    def set_replay_sampler(self, sampler: ReplaySampler) -> Self:
+        """Let `sampler(buffers)` choose what is trained on, from the episodes that `runtime.max_replay_episode` keeps.
+
+        It gets one `EpisodeBuffer` per kept episode, oldest first, and returns per-sample dicts; their number and
+        order are its decision. Without one, all samples of all kept episodes are trained on, oldest first.
+        """
+        if not callable(sampler):
+            raise EngineError(
+                f"set_replay_sampler takes a function of the buffers, not {sampler!r}"
+            )
+        self._replay_sampler = sampler
         return self
 
     def set_environment(self, environment: Environment | None) -> Self:
@@ -156,48 +175,6 @@ class Engine:
         if self.evaluator is not None:
             self.evaluator.stage, self.evaluator.was_stopped = self._stage, False
         return self._stage
-
-
-class EvalEngine:
-    """Evaluate without training.
-
-    Example:
-        >>> EvalEngine(eval_flow).set_dataset(prompts).eval()
-    """
-
-    def __init__(self, flow: Flow | None = None, evaluator: Evaluator | None = None) -> None:
-        if isinstance(flow, Evaluator):
-            flow, evaluator = None, flow
-        if (flow is None) == (evaluator is None):
-            raise EngineError("EvalEngine takes an evaluation flow, or an Evaluator")
-        self.evaluator = evaluator or Evaluator(flow)  # pyright: ignore[reportArgumentType]
-
-    def set_dataset(self, dataset: Source) -> Self:
-        """Evaluate on `dataset`."""
-        self.evaluator.set_dataset(dataset)
-        return self
-
-    def set_multiple_datasets(self, datasets: Sequence[Source]) -> Self:
-        """Evaluate on several datasets, one after the other."""
-        self.evaluator.set_multiple_datasets(datasets)
-        return self
-
-    def set_post_process_func(self, function: PostProcess) -> Self:
-        """Call `function(results, info)` after every evaluation."""
-        self.evaluator.set_post_process_func(function)
-        return self
-
-    def eval(self) -> Results:
-        """Evaluate now and return `{model_name: [batch, ...]}`."""
-        return self.evaluator.eval()
-
-    def check(self) -> Program:
-        """Trace and validate everything without setting modules up."""
-        return self.evaluator.check()
-
-    def stop(self) -> None:
-        """Release the modules; safe to call twice."""
-        self.evaluator.stop()
 
 
 def _component(value: Any, kind: type[Any], setter: str) -> Any:

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 from chatlearn.arithmetic import EpisodePlan, episode_plan
 from chatlearn.config import Config, ModuleConfig
 from chatlearn.data.prompts import Rows, Source
+from chatlearn.data.replay import ReplaySampler
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import (
     ChatLearnError,
@@ -55,6 +56,8 @@ class Program:
     trainer: Executor | None
     evaluator: Executor | None
     sync_pairs: Sequence[SyncPair]
+    replay_sampler: ReplaySampler | None = None
+    """Chooses what is trained on; None takes all samples of the kept episodes."""
     graphs: dict[str, FlowGraph] = field(default_factory=dict[str, FlowGraph])
     modules: list[BaseModule] = field(default_factory=list[BaseModule])
     problems: list[ChatLearnError] = field(default_factory=list[ChatLearnError])
@@ -95,9 +98,10 @@ def compile_program(
     trainer: Executor | None,
     evaluator: Executor | None,
     sync_pairs: Sequence[SyncPair] = (),
+    replay_sampler: ReplaySampler | None = None,
 ) -> Program:
     """Trace and validate flows; what is wrong stands in `problems`, all of it at once."""
-    program = Program(config, environment, trainer, evaluator, sync_pairs)
+    program = Program(config, environment, trainer, evaluator, sync_pairs, replay_sampler)
     for check in (_trace, _check_modules, _check_backend, _check_syncs, _check_data, _check_places):
         _collect(program, check)
     _collect(program, _check_arithmetic)
