@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from chatlearn.compilation import compile_program
 from chatlearn.config import active
 from chatlearn.data.prompts import Source
 from chatlearn.data.replay import ReplaySampler
@@ -14,7 +15,7 @@ from chatlearn.errors import EngineError
 from chatlearn.executors import Environment, Evaluator, Trainer
 from chatlearn.inspection import intercept
 from chatlearn.module import BaseModule
-from chatlearn.program import Program, SyncPair, compile_program, raise_problems
+from chatlearn.program import Program, SyncPair, raise_problems
 from chatlearn.run import Run, RunResult
 from chatlearn.stage import Results, Stage
 

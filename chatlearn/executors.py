@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
+from chatlearn.compilation import compile_program
 from chatlearn.config import active
 from chatlearn.data.prompts import Rows, Source, load_prompts
 from chatlearn.errors import DataError, EngineError
@@ -15,7 +16,7 @@ from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.trace import Flow, trace
 from chatlearn.inspection import intercept
 from chatlearn.observability.metrics import EpisodeMetrics
-from chatlearn.program import Program, compile_program, raise_problems
+from chatlearn.program import Program, raise_problems
 from chatlearn.runtime.local import CallReport, Observer, Starting
 from chatlearn.stage import Results, Stage
 

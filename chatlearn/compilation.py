@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trace and validate what an engine is about to run, before anything expensive starts; all problems at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from chatlearn.config import Config
+from chatlearn.data.replay import ReplaySampler
+from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowError, OutputError
+from chatlearn.flow.trace import check_names
+from chatlearn.module import resolve_config, resolved_config
+from chatlearn.program import Executor, Program, SyncPair
+from chatlearn.program_checks import check_data, check_placement, check_syncs
+from chatlearn.runtime.flow_run import FlowRun
+from chatlearn.runtime.protocol import node_specs
+
+
+def compile_program(
+    config: Config,
+    environment: Executor | None,
+    trainer: Executor | None,
+    evaluator: Executor | None,
+    sync_pairs: Sequence[SyncPair] = (),
+    replay_sampler: ReplaySampler | None = None,
+) -> Program:
+    """Trace and validate flows; what is wrong stands in `problems`, all of it at once."""
+    program = Program(config, environment, trainer, evaluator, sync_pairs, replay_sampler)
+    for check in (_trace, _check_modules, _check_backend, check_syncs, check_data, _check_places):
+        _collect(program, check)
+    _collect(program, _check_arithmetic)
+    if not program.problems:  # what needs a module's configuration, or whole graphs
+        _collect(program, _check_graphs)
+        _collect(program, check_placement)
+    return program
+
+
+def _collect(program: Program, check: Callable[[Program], None]) -> None:
+    try:
+        check(program)
+    except ChatLearnError as error:
+        program.problems.append(error)
+
+
+def _trace(program: Program) -> None:
+    executors = (program.environment, program.trainer, program.evaluator)
+    given = [executor for executor in executors if executor is not None]
+    if not given:
+        raise FlowError(
+            "the engine has no flow", fix="give it an Environment, a Trainer or an Evaluator"
+        )
+    for executor in given:
+        try:
+            program.graphs[executor.flow_name] = executor.trace()
+        except ChatLearnError as error:
+            program.problems.append(error)
+    program.modules = check_names(program.graphs.values())
+
+
+def _check_modules(program: Program) -> None:
+    for module in program.modules:
+        try:
+            resolve_config(module, program.config)
+        except ChatLearnError as error:
+            program.problems.append(error)
+        else:
+            program.problems += module.check_config()
+    if len(program.graphs) == _count_executors(program):
+        has_training = program.environment is not None or program.trainer is not None
+        names = [module.name for module in program.modules]
+        # One file serves training and evaluation: alone, an evaluator refuses only what looks like a typo.
+        program.config.check_modules(names, only_typos=not has_training)
+
+
+def _count_executors(program: Program) -> int:
+    return sum(e is not None for e in (program.environment, program.trainer, program.evaluator))
+
+
+def _check_backend(program: Program) -> None:
+    if program.config.runtime.backend != "local":
+        raise ConfigError(
+            f"runtime.backend={program.config.runtime.backend!r} is not available in this version",
+            place=program.place_of("runtime.backend"),
+            fix="use runtime.backend=local",
+        )
+    for key in ("max_replay_episode", "replay_episode_offset"):
+        if getattr(program.config.runtime, key):
+            raise ConfigError(
+                f"runtime.{key} is not available in this version: episodes are not replayed",
+                place=program.place_of(f"runtime.{key}"),
+                fix="take it out",
+            )
+    if program.config.runtime.max_staleness:
+        raise ConfigError(
+            "runtime.max_staleness is not available in this version: in one process samples are never stale",
+            place=program.place_of("runtime.max_staleness"),
+            fix="leave it at 0",
+        )
+
+
+def _check_places(program: Program) -> None:
+    """Refuse an output folder that cannot be made, and a checkpoint that is not there."""
+    runtime = program.config.runtime
+    if (
+        runtime.resume not in ("never", "auto")
+        and not Path(runtime.resume, "checkpoint.json").is_file()
+    ):
+        raise CheckpointError(
+            f"runtime.resume={runtime.resume!r} names no checkpoint",
+            place=program.place_of("runtime.resume"),
+            fix="name a folder such as <output_dir>/checkpoints/episode-000012, or use auto",
+        )
+    if runtime.output_dir is None:
+        return
+    parent = next(
+        p for p in (runtime.output_dir, *runtime.output_dir.absolute().parents) if p.exists()
+    )
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"the output folder cannot be used: {parent} is no folder that can be written",
+            place=program.place_of("runtime.output_dir"),
+            fix="choose another folder with runtime.output_dir=...",
+        )
+
+
+def _check_graphs(program: Program) -> None:
+    """Refuse what a graph alone tells will not run: replicas that train, inputs on both sides of a filter."""
+    trainer = program.graphs.get("trainer_flow")
+    for module in trainer.modules if trainer else ():
+        if resolved_config(module).num_replica > 1:
+            program.problems.append(
+                ConfigError(
+                    f"module {module.name!r} is in the trainer flow and cannot have replicas",
+                    place=program.place_of(f"models.{module.name}.num_replica"),
+                    fix=f"leave models.{module.name}.num_replica at 1",
+                )
+            )
+    for name in ("env_flow", "eval_flow"):
+        if graph := program.graphs.get(name):
+            FlowRun(node_specs(graph), graph.outputs, (), ())
+
+
+def _check_arithmetic(program: Program) -> None:
+    if program.data_owner is not None and program.dataset_size is not None:
+        program.plan()
