@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from chatlearn.checkpoint.folder import restore_rng, rng_states, seed_all
 from chatlearn.config import RuntimeConfig
 from chatlearn.data.feed import Dataset, Feed
 from chatlearn.data.prompts import PromptDataset, Rows
@@ -30,22 +33,46 @@ class Stage:
         self.config = runtime
         self.iterations: Iterations = Counter()
         self.runtime = LocalRuntime(self.modules)
+        self.episode = 0
+        """Episodes that these modules have gone through."""
+        self.train_iteration = 0
+        """Train steps that these modules have gone through."""
         self._eval_datasets: tuple[Sequence[Rows], list[Dataset]] | None = None
 
     def set_up(self, *, anew: bool = False) -> None:
-        """Run every module's `setup()`, but for those that another stage in this process has set up."""
+        """Run every module's `setup()`, but for those that another stage in this process has set up.
+
+        What is drawn afterwards does not depend on how much setups have drawn: a run with an evaluator's modules
+        trains as one without.
+        """
+        seed_all(self.config.seed)
         self.runtime.set_up(anew=anew)
+        seed_all(_derived(self.config.seed, "run"))
+
+    def show_tokens(self, tick: Callable[[int], None] | None) -> None:
+        """Have every module tell `tick` of the tokens that a call under way produces; None ends it."""
+        for workers in self.runtime.workers.values():
+            for worker in workers:
+                worker.module.progress = tick
 
     def build_datasets(
-        self, graph: FlowGraph, sources: Sequence[Rows], *, is_eval: bool
+        self,
+        graph: FlowGraph,
+        sources: Sequence[Rows],
+        *,
+        is_eval: bool,
+        names: Sequence[str] = (),
     ) -> list[Dataset]:
-        """Ask the flow's first module for datasets over the prompts, or make the default ones."""
+        """Ask the flow's first module for datasets over the prompts, or make the default ones.
+
+        `names` are those of several datasets, for errors.
+        """
         first = graph.nodes[0].module
         worker = self.runtime.workers[first.name][0]
         takes_flag = "is_eval" in inspect.signature(first.build_dataset).parameters
         keywords: dict[str, Any] = {"is_eval": is_eval} if takes_flag else {}
         datasets: list[Dataset] = []
-        for rows in sources:
+        for number, rows in enumerate(sources):
             built = worker.hook("build_dataset", rows, **keywords)
             if built is None:
                 worker.hook("check_rows", rows)
@@ -58,46 +85,79 @@ class Stage:
                 )
             if len(dataset) == 0:
                 raise DataError(
-                    f"the dataset of {graph.name} is empty",
+                    f"the dataset {f'{names[number]!r} ' if names else ''}of {graph.name} is empty",
                     place=f"{type(first).__name__}.build_dataset",
                     fix="keep at least one row",
                 )
             datasets.append(dataset)
         return datasets
 
+    def eval_datasets(
+        self, graph: FlowGraph, rows: Sequence[Rows], names: Sequence[str] = ()
+    ) -> list[Dataset]:
+        """Return an evaluation flow's datasets, built when they are first asked for."""
+        if self._eval_datasets is None or self._eval_datasets[0] is not rows:
+            built = self.build_datasets(graph, rows, is_eval=True, names=names)
+            self._eval_datasets = (rows, built)
+        return self._eval_datasets[1]
+
     def evaluate(
         self,
         graph: FlowGraph,
-        rows: Sequence[Rows],
+        dataset: Dataset,
         *,
+        first_prompt: int = 0,
         episode: int = 0,
         starting: Starting | None = None,
         observer: Observer | None = None,
         interrupted: Callable[[], bool] = lambda: False,
-    ) -> Results:
-        """Run an evaluation flow over whole datasets, each sample once, in order.
+    ) -> dict[int, list[Batch]]:
+        """Run an evaluation flow over a whole dataset, each prompt `eval_num_inference_per_prompt` times, in order.
+
+        Args:
+            graph: the flow.
+            dataset: of this evaluation, or one of several.
+            first_prompt: number of its first prompt; goes on over several datasets.
+            episode: number from 1, for errors.
+            starting: told of every call before it is made.
+            observer: told of every finished call.
+            interrupted: asked before every call whether to stop.
 
         Returns:
-            `{model_name: [batch, ...]}` for the returned nodes; two nodes of one model follow each other.
+            The batches of every returned node, by its index in the graph.
         """
-        if self._eval_datasets is None or self._eval_datasets[0] is not rows:
-            self._eval_datasets = (rows, self.build_datasets(graph, rows, is_eval=True))
-        datasets = self._eval_datasets[1]
-        draws = [Draw(d, row) for d, dataset in enumerate(datasets) for row in range(len(dataset))]
+        draws = [Draw(0, row) for row in range(len(dataset))]
+        feed = Feed([dataset], draws, self.config.eval_num_inference_per_prompt, first_prompt)
         outcome = self.runtime.run(
             episode,
             self.iterations,
-            flow=FlowWork(graph, Feed(datasets, draws, group_size=1)),
+            flow=FlowWork(graph, feed, keeps_batches=True),
             batch_size=self.config.generation_batch_size,
             starting=starting,
             observer=observer,
             interrupted=interrupted,
         )
-        results: Results = {}
-        for node, batches in outcome.results.items():
-            results.setdefault(graph.nodes[node].module.name, []).extend(batches)
-        return results
+        return outcome.results
 
     def close(self) -> None:
         """Let go of every module; safe to call twice."""
         self.runtime.close()
+
+
+@contextmanager
+def numbers_of_its_own(seed: int) -> Generator[None]:
+    """Give the block random numbers of its own, the same every time; those outside go on as if none were drawn.
+
+    So training does not depend on whether, when and on what is evaluated, and two evaluations differ by the weights
+    alone. It holds for torch's, Python's and numpy's global generators; a generator that a module keeps is its own.
+    """
+    before = rng_states()
+    seed_all(_derived(seed, "evaluation"))
+    try:
+        yield
+    finally:
+        restore_rng(before)
+
+
+def _derived(seed: int, what: str) -> int:
+    return random.Random(f"{seed}/{what}").getrandbits(63)

@@ -79,7 +79,7 @@ class FlowRun:
         for spec in nodes:
             space = self._input_space(spec)
             self.nodes.append(_NodeRun(spec, space, _Space() if spec.filters else space))
-        self._outlet_space = self._common_space(self._outputs, "the flow's returned nodes")
+        self._outlet_space = self._common_space(self._outputs, "what the flow returns")
         self._consumers: dict[int, list[int]] = {}
         for spec in nodes:
             for source in (*spec.inputs, *spec.after):
@@ -99,12 +99,15 @@ class FlowRun:
         node = self.nodes[task.node]
         node.finished += 1
         if node.spec.filters:
+            start = len(node.out_space.uids)
             self._place_filtered(node, task, call, kept or ())
-            yield from self._startable()  # a filter may close spaces far downstream
+            yield from self._released(node, start, len(node.out_space.uids))
+            if node.complete:  # which may close spaces far downstream
+                yield from self._startable()
             return
         at = bisect_left(node.ranges, (task.start, task.stop, call))
         node.ranges.insert(at, (task.start, task.stop, call))
-        yield from self._released(node, task)
+        yield from self._released(node, task.start, task.stop)
 
     def inputs(self, task: Task) -> tuple[tuple[Piece, ...], ...]:
         """Return where each input of a task that may start is to be found."""
@@ -143,16 +146,17 @@ class FlowRun:
     # ---- planning -----------------------------------------------------------------------------------------------
 
     def _input_space(self, spec: NodeSpec) -> _Space:
-        return self._common_space(spec.inputs, spec.name)
+        return self._common_space(spec.inputs, f"the inputs of {spec.name}", spec.place)
 
-    def _common_space(self, sources: Sequence[int], who: str) -> _Space:
+    def _common_space(self, sources: Sequence[int], what: str, place: str = "") -> _Space:
         spaces = [self._feed if s == FEED else self.nodes[s].out_space for s in sources] or [
             self._feed
         ]
         if any(space is not spaces[0] for space in spaces):
             raise FlowError(
-                f"inputs of {who} lie on both sides of a filter, so their samples do not correspond",
-                fix="take all inputs from before, or all from behind the filter",
+                f"{what} {'lie' if place else 'lies'} on both sides of a filter, so their samples do not correspond",
+                place=place,
+                fix="take all of it from before, or all from behind the filter",
             )
         return spaces[0]
 
@@ -242,18 +246,17 @@ class FlowRun:
         for node in self.nodes:
             yield from (task for task in node.tasks if self._may_start(node, task))
 
-    def _released(self, node: _NodeRun, finished: Task) -> Iterator[Task]:
-        """Yield the tasks downstream that overlap the finished one and miss nothing else."""
+    def _released(self, node: _NodeRun, start: int, stop: int) -> Iterator[Task]:
+        """Yield the tasks downstream that overlap samples `start` to `stop` of the output and miss nothing else."""
         for consumer in dict.fromkeys(self._consumers.get(node.spec.index, [])):
             other = self.nodes[consumer]
             if other.space is node.out_space:
-                at = max(bisect_right(other.starts, finished.start) - 1, 0)
-                stop = finished.stop
+                at, end = max(bisect_right(other.starts, start) - 1, 0), stop
             elif node.complete:
-                at, stop = 0, len(other.space.uids)
+                at, end = 0, len(other.space.uids)
             else:
                 continue
-            while at < len(other.tasks) and other.tasks[at].start < stop:
+            while at < len(other.tasks) and other.tasks[at].start < end:
                 if self._may_start(other, other.tasks[at]):
                     yield other.tasks[at]
                 at += 1

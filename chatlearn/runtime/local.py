@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ from chatlearn.flow.batching import (
 from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.flow.steps import StepSource
 from chatlearn.module import BaseModule, resolved_config, state_of
-from chatlearn.runtime.protocol import Call, Command, Deliver, Finished, Piece, node_specs
+from chatlearn.runtime.protocol import Call, Command, Finished, Piece, node_specs
 from chatlearn.runtime.returned import kept_offsets, returned_numbers, step_output
 from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
-from chatlearn.runtime.store import SampleStore
+from chatlearn.runtime.store import OutputStore, SampleStore
 from chatlearn.runtime.worker import EventLoop, Result, Where, Worker
 
 
@@ -42,7 +41,7 @@ class Feed(Protocol):
     def groups(self) -> Sequence[int]: ...
 
     def batch(self, start: int, stop: int) -> Batch:
-        """Return samples `start` to `stop`."""
+        """Return samples `start` to `stop`, for the taker to change as it likes."""
         ...
 
 
@@ -70,6 +69,8 @@ class FlowWork:
     feed: Feed
     needs_output: bool = True
     """Whether somebody reads what the flow returns."""
+    keeps_batches: bool = False
+    """Whether to hand the returned nodes' batches out as they are (`Outcome.results`) instead of merged samples."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Outcome:
     samples: SampleStore = field(default_factory=SampleStore)
     """Merged columns of the environment flow's returned nodes, in order."""
     results: dict[int, list[Batch]] = field(default_factory=dict[int, list[Batch]])
-    """Per returned node of the flow, its batches in order."""
+    """Per returned node, its batches in order, if the flow keeps them."""
     uids: list[int] = field(default_factory=list[int])
     """Uids of the delivered samples, in order."""
     steps: int = 0
@@ -199,8 +200,8 @@ class _Pass:
         self._trainer = trainer
         self._observer = observer
         self._interrupted = interrupted
-        self._outputs: dict[int, Batch] = {}
-        self._step_outputs: dict[int, list[Batch]] = {}
+        self._outputs = OutputStore()
+        self._step_outputs = OutputStore()
         self._outcome = Outcome()
 
     def run(self, iterations: Iterations, batch_size: int | None) -> Outcome:
@@ -216,43 +217,41 @@ class _Pass:
             if flow
             else None,
             trainer=(node_specs(trainer.graph), trainer.source) if trainer else None,
+            at_once=1,
         )
-        queue: list[tuple[tuple[int, ...], int, Call]] = []
-        self._take(scheduler.start(), queue)
+        call = self._take(scheduler.start())
         if flow is None and trainer is not None and trainer.samples is not None:
             self._outcome.samples.append(trainer.samples)
             self._outcome.uids = [int(uid) for uid in trainer.samples.get(UID, [])]
-            self._take(scheduler.deliver(size(trainer.samples)), queue)
-        while queue:
-            call = heapq.heappop(queue)[2]
+            call = self._take(scheduler.deliver(size(trainer.samples)))
+        while call is not None:
             if not runtime.has_trained and self._interrupted():
                 raise KeyboardInterrupt
-            self._take(scheduler.on(self._carry_out(call)), queue)
+            call = self._take(scheduler.on(self._carry_out(call)))
         if not scheduler.complete:
             raise EngineError(
                 "the flow cannot go on: some nodes wait for samples that never come",
                 fix="report this flow as a defect of the scheduler",
             )
-        if flow and scheduler.flow:
+        if flow and scheduler.flow and flow.keeps_batches:
             for output in flow.graph.outputs:
                 calls = scheduler.flow.calls_of(output)
                 self._outcome.results[output] = [self._outputs[call] for call in calls]
         self._outcome.steps = scheduler.training.steps if scheduler.training else 0
         return self._outcome
 
-    def _take(
-        self, commands: Sequence[Command], queue: list[tuple[tuple[int, ...], int, Call]]
-    ) -> None:
+    def _take(self, commands: Sequence[Command]) -> Call | None:
+        """Carry deliveries out; return the next call, if one follows."""
+        call = None
         for command in commands:
-            if isinstance(command, Deliver):
-                assert self._flow is not None
-                joined = self._join(
-                    command.inputs, self._flow.graph.outputs, "what the flow returns"
-                )
+            if isinstance(command, Call):
+                call = command
+            elif self._flow is not None and not self._flow.keeps_batches:
+                outputs = self._flow.graph.outputs
+                joined = self._join(command.inputs, outputs, "what the flow returns")
                 self._outcome.samples.append(joined)
                 self._outcome.uids += command.uids
-            else:
-                heapq.heappush(queue, (command.priority, command.id, command))
+        return call
 
     def _carry_out(self, call: Call) -> Finished:
         return self._train(call) if call.step is not None else self._sample(call)
@@ -261,25 +260,24 @@ class _Pass:
         assert self._flow is not None
         graph, spec = self._flow.graph, call.node
         node = graph.nodes[spec.index]
-        data = isolate(self._join(call.inputs, spec.inputs, spec.name))
+        data = self._join(call.inputs, spec.inputs, spec.name)
+        if not all(source == FEED or self._takers(source) == 1 for source in spec.inputs):
+            data = isolate(data)  # others take these samples, too
         result = self._call(call, data, graph)
         place = f"{spec.name}, {node.place}"
-        kept = None
-        if result.value is None:
+        # A copy: the module may keep what it returned and write into it in its next call.
+        output = isolate(normalise({} if result.value is None else result.value, place))
+        kept = kept_offsets(call, output, place) if spec.filters else None
+        if not output and not (spec.filters and result.value is not None):
             self._refuse_missing(graph, spec.index, place)
-            self._outputs[call.id] = {}
-            kept = () if spec.filters else None
-        else:
-            # A copy: the module may keep what it returned and write into it in its next call.
-            output = self._outputs[call.id] = isolate(normalise(result.value, place))
-            if spec.filters:
-                kept = kept_offsets(call, output, place)
-            elif output and size(output) != len(call.uids):
-                raise BatchError(
-                    f"{spec.name} returned {size(output)} samples for {len(call.uids)}",
-                    place=place,
-                    fix="return one entry per sample, or declare `filters_samples = True` on the class",
-                )
+        elif kept is None and size(output) != len(call.uids):
+            raise BatchError(
+                f"{spec.name} returned {size(output)} samples for {len(call.uids)}",
+                place=place,
+                fix="return one entry per sample, or declare `filters_samples = True` on the class",
+            )
+        samples = len(call.uids) if kept is None else len(kept)
+        self._outputs.put(call.id, output, samples * self._takers(spec.index))
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
         self._report(call, result, len(call.uids), more)
         return Finished(call.id, kept)
@@ -296,10 +294,12 @@ class _Pass:
         ]
         self._runtime.has_trained = True
         result = self._call(call, data_list, self._trainer.graph)
-        if any(node.index in other.inputs for other in self._trainer.graph.nodes):
-            output = step_output(result.value, len(data_list), f"{node.name}, {node.place}")
-            self._step_outputs[call.id] = output
         samples = sum(map(len, call.step.micro_batches))
+        takers = sum(other.inputs.count(node.index) for other in self._trainer.graph.nodes)
+        if takers:
+            sizes = [len(part) for part in call.step.micro_batches]
+            parts = step_output(result.value, sizes, f"{node.name}, {node.place}")
+            self._step_outputs.put(call.id, parts, len(parts) * takers)
         self._report(call, result, samples, returned_numbers(result.value))
         return Finished(call.id)
 
@@ -307,7 +307,7 @@ class _Pass:
         assert call.step is not None
         if piece.call == FEED:
             return [self._outcome.samples.gather(part) for part in call.step.micro_batches]
-        return self._step_outputs[piece.call]
+        return self._step_outputs.take(piece)
 
     def _call(self, call: Call, data: Batch | list[Batch], graph: FlowGraph) -> Result:
         uids = call.uids
@@ -342,7 +342,14 @@ class _Pass:
         if piece.call == FEED:
             assert self._flow is not None
             return self._flow.feed.batch(piece.start, piece.stop)
-        return take(self._outputs[piece.call], piece.start, piece.stop)
+        return take(self._outputs.take(piece), piece.start, piece.stop)
+
+    def _takers(self, index: int) -> int:
+        """How often each sample that a node returned will be taken: by nodes, and by whoever the flow delivers to."""
+        assert self._flow is not None
+        graph = self._flow.graph
+        takers = sum(node.inputs.count(index) for node in graph.nodes)
+        return takers + (index in graph.outputs)
 
     @staticmethod
     def _source_name(graph: FlowGraph, source: int) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
+from chatlearn.errors import FlowError
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.steps import Step
 from chatlearn.module import BatchBy, resolved_config
@@ -30,10 +32,23 @@ class NodeSpec:
     """Samples per call at most; None puts everything into one call."""
     batch_by: BatchBy = "sample"
     filters: bool = False
+    place: str = ""
+    """`file:line` of the call in the user's code, for errors."""
 
 
 def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec]:
-    """Describe a graph's nodes; `batch_size` is for modules that set none of their own."""
+    """Describe a graph's nodes; `batch_size` is for modules that set none of their own.
+
+    Raises:
+        FlowError: a module's class declares a `batch_by` that does not exist.
+    """
+    for node in graph.nodes:
+        if node.module.batch_by not in get_args(BatchBy):
+            raise FlowError(
+                f"{type(node.module).__name__}.batch_by is {node.module.batch_by!r}, which is no granularity",
+                place=node.place,
+                fix=f"declare one of {', '.join(map(repr, get_args(BatchBy)))} on the class",
+            )
     return [
         NodeSpec(
             index=node.index,
@@ -45,6 +60,7 @@ def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec
             batch_size=resolved_config(node.module).generation_batch_size or batch_size,
             batch_by=node.module.batch_by,
             filters=node.module.filters_samples,
+            place=node.place,
         )
         for node in graph.nodes
     ]
@@ -70,8 +86,6 @@ class Call:
     inputs: tuple[tuple[Piece, ...], ...]
     """Per input of the node, the pieces that make up its samples, in order (for a train step: whole calls)."""
     uids: Sequence[int]
-    priority: tuple[int, ...]
-    """A driver that can run one call at a time takes the smallest first."""
     step: Step | None = None
     """The global batch, for nodes of a trainer flow."""
 

@@ -11,8 +11,10 @@
 
 A finished call unblocks the nodes that overlap its samples (`FlowRun`); samples that left the environment flow, in
 order, become train steps (`StepSource`), which unblock the trainer's nodes (`StepRun`). A call that may start waits
-in its module's queue until a replica is free; the free replica that has done the least work takes it. There are no
-threads, no clock and no tensors here: every backend, and a test, drives the same code.
+in its module's queue until a replica is free; the free replica that has done the least work takes it. A driver that
+carries out one call after the other asks for no more than that (`at_once=1`): a call is then given to a replica when
+it is made, so that replicas in one process share the work by samples, too. There are no threads, no clock and no
+tensors here: every backend, and a test, drives the same code.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class Scheduler:
         flow: nodes of the environment or evaluation flow, with the returned nodes and the samples to run.
         trainer: nodes of the trainer flow, with the source of its steps; without a flow the source must be filled
             by `deliver`.
+        at_once: calls that the driver carries out at a time; None for as many as there are replicas.
 
     Example:
         >>> scheduler = Scheduler({"policy": [0]}, Counter(), flow=(specs, outputs, samples))
@@ -88,7 +91,9 @@ class Scheduler:
         *,
         flow: tuple[Sequence[NodeSpec], Sequence[int], Samples] | None = None,
         trainer: tuple[Sequence[NodeSpec], StepSource] | None = None,
+        at_once: int | None = None,
     ) -> None:
+        self._at_once = at_once
         self._replicas = {name: _Replicas(ids) for name, ids in replicas.items()}
         self._iterations = iterations
         self._queues: dict[str, list[tuple[tuple[int, ...], int, Task | StepTask]]] = {}
@@ -181,11 +186,17 @@ class Scheduler:
         if self._failed:
             return
         yield from self._deliveries()
-        for module, queue in self._queues.items():
-            replicas = self._replicas[module]
-            while queue and replicas.free:
-                priority, _, task = heapq.heappop(queue)
-                yield self._call(task, priority, replicas)
+        while self._at_once is None or len(self._running) < self._at_once:
+            heads = ((q[0], name) for name, q in self._queues.items() if q and self._is_free(name))
+            first = min(heads, default=None)
+            if first is None:
+                return
+            (_, _, task), module = first
+            heapq.heappop(self._queues[module])
+            yield self._call(task, self._replicas[module])
+
+    def _is_free(self, module: str) -> bool:
+        return bool(self._replicas[module].free)
 
     def _deliveries(self) -> Iterator[Deliver]:
         if self.flow is None:
@@ -201,7 +212,7 @@ class Scheduler:
             self._enqueue(self.training.extend(self._source.close()))
             self.training.close()
 
-    def _call(self, task: Task | StepTask, priority: tuple[int, ...], replicas: _Replicas) -> Call:
+    def _call(self, task: Task | StepTask, replicas: _Replicas) -> Call:
         if isinstance(task, Task):
             assert self.flow is not None
             spec, inputs, uids = (
@@ -217,9 +228,7 @@ class Scheduler:
         key = (spec.module, spec.method)
         iteration = self._iterations[key]
         self._iterations[key] += 1
-        call = Call(
-            self._next_call, spec, replicas.take(size), iteration, inputs, uids, priority, step
-        )
+        call = Call(self._next_call, spec, replicas.take(size), iteration, inputs, uids, step)
         self._next_call += 1
         self._running[call.id] = (call, task)
         return call
