@@ -9,12 +9,12 @@ recorded too, and `super().forward_step(...)` inside a method never is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard, cast
 
 from chatlearn.config import Config as RunConfig
 from chatlearn.config import ModuleConfig, active
@@ -55,6 +55,8 @@ class ModuleState:
     """What the current call has logged."""
     turn: int = 0
     """Which call of its method in the flow the current one is: part of the key of a sample's random numbers."""
+    own_columns: frozenset[str] = frozenset()
+    """Columns of the current call that came from the module's namespace, as the module calls them."""
     is_set_up: bool = False
     """Whether `setup()` has run since the module was last released."""
 
@@ -91,6 +93,9 @@ class BaseModule:
     """On what granularity a step may be called: any micro-batch, whole groups, or the whole episode."""
     filters_samples: ClassVar[bool] = False
     """Whether a step may return fewer samples than it got; the kept ones must bring their `uid` column."""
+    writes: ClassVar[Collection[str] | None] = None
+    """The columns that steps add or replace; a name stands for its parts, too (`rewards` for `rewards/<function>`).
+    Needed by modules with a `namespace`: these columns leave as `<namespace>/<column>`."""
     shares_weights: ClassVar[bool] = False
     """Whether a sync within one process may let this class share storage instead of copying: as a source it changes
     its weights in train steps only, as a destination never. Subclasses do not inherit it; they declare it anew."""
@@ -250,10 +255,42 @@ class _WithModel(Protocol):
 
 
 def resolve_config(module: BaseModule, config: RunConfig) -> ModuleConfig:
-    """Resolve a module's configuration anew; raises `ConfigError` on unknown or mistyped fields."""
+    """Resolve a module's configuration anew.
+
+    Raises:
+        ConfigError: fields are unknown or mistyped, or a class whose columns are unknown is given a namespace.
+    """
     state = state_of(module)
-    state.config = config.module(module.name, type(module).Config, state.settings)
-    return state.config
+    resolved = config.module(module.name, type(module).Config, state.settings)
+    if resolved.namespace is not None:
+        _check_namespace(module, resolved.namespace, config)
+    state.config = resolved
+    return resolved
+
+
+def written_columns(module: BaseModule) -> frozenset[str]:
+    """Return the columns that a module's class declares as written."""
+    return frozenset(module.writes or ())
+
+
+def _check_namespace(module: BaseModule, namespace: str, config: RunConfig) -> None:
+    key = f"models.{module.name}.namespace"
+    place, kind = f"{config.provenance(key)} {key}", type(module).__name__
+    if not namespace.strip("."):
+        raise ConfigError(f"{namespace!r} is no name", place=place, fix="use letters, e.g. solver")
+    declared: Any = module.writes
+    fix = f"declare them in class {kind}, e.g. writes = frozenset({{'rewards'}}); frozenset() if there are none"
+    if declared is None:
+        raise ConfigError(
+            f"module {module.name!r} has the namespace {namespace!r}, but {kind} does not say which columns it writes",
+            place=place,
+            fix=fix,
+        )
+    is_set = isinstance(declared, Collection) and not isinstance(declared, str | bytes)
+    if not is_set or not all(isinstance(name, str) for name in cast("Collection[Any]", declared)):
+        raise ConfigError(
+            f"{kind}.writes is {declared!r}, no set of column names", place=place, fix=fix
+        )
 
 
 def resolved_config(module: BaseModule) -> ModuleConfig:

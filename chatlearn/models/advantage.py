@@ -40,6 +40,7 @@ class GroupAdvantage(BaseModule):
 
     Config: ClassVar[type[ModuleConfig]] = GroupAdvantageConfig
     batch_by: ClassVar[BatchBy] = "group"
+    writes = frozenset({columns.ADVANTAGES})
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Add the `advantages` column.

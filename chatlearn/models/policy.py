@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -28,8 +28,9 @@ class PolicyInference(BaseModule):
 
     Reads `prompt` (text or chat messages) or `prompt_ids` (tokens: tensors or lists of int), and
     `uid`. Where both are there, `prompt_ids` wins: drop that column to have a changed `prompt`
-    encoded anew. Adds `prompt_ids`, `response_ids`, `rollout_logprobs`, `completion`,
-    `finish_reason`, `temperature` and `policy_version`; see `chatlearn.columns`.
+    encoded anew. (With a namespace, its own `prompt` goes before `prompt_ids` of others.) Adds
+    `prompt_ids`, `response_ids`, `rollout_logprobs`, `completion`, `finish_reason`, `temperature`
+    and `policy_version`; see `chatlearn.columns`.
 
     A response is a function of the weights, the prompt and the key of its random numbers alone:
     the seed, this module's name, training or evaluation, the uid, and which call of the method in
@@ -40,6 +41,17 @@ class PolicyInference(BaseModule):
     """
 
     shares_weights = True  # never changes its weights
+    writes = frozenset(
+        {
+            columns.PROMPT_IDS,
+            columns.RESPONSE_IDS,
+            columns.ROLLOUT_LOGPROBS,
+            columns.COMPLETION,
+            columns.FINISH_REASON,
+            columns.TEMPERATURE,
+            columns.POLICY_VERSION,
+        }
+    )
 
     class Config(ModuleConfig):
         """Fields of `models.<name>`, those set most often first."""
@@ -125,15 +137,18 @@ class PolicyInference(BaseModule):
         Raises:
             DataError: naming the first such row.
         """
+        from chatlearn.flow.namespace import own_row
+
         most = self._engine.max_positions
         for index in range(len(rows)):
             row = rows[index]
-            columns_of = (
+            given = (
                 cast("Mapping[str, Any]", row)
                 if isinstance(row, Mapping)
                 else {columns.PROMPT: row}
             )
-            if columns.PROMPT_IDS in columns_of:
+            columns_of, own = own_row(given, self.config.namespace)
+            if _ids_count(columns_of, own):
                 continue
             if columns.PROMPT not in columns_of:
                 raise DataError(
@@ -235,7 +250,7 @@ class PolicyInference(BaseModule):
         return [int(uid) for uid in data[columns.UID]]
 
     def _prompt_ids(self, data: dict[str, Any], uids: list[int]) -> list[Tensor]:
-        if columns.PROMPT_IDS in data:
+        if _ids_count(data, state_of(self).own_columns):
             given = list(data[columns.PROMPT_IDS])
             if len(given) != len(uids):
                 raise BatchError(
@@ -304,6 +319,12 @@ class PolicyInference(BaseModule):
             # The mean of -log p over sampled tokens estimates the policy's entropy per token.
             sampled_entropy=-sum(float(c.logprobs.sum()) for c in done) / sum(lengths),
         )
+
+
+def _ids_count(data: Mapping[str, Any], own: Collection[str]) -> bool:
+    """Tell whether a prompt's tokens go before its text: not those of others before a text of the own namespace."""
+    has_own_text = columns.PROMPT in own and columns.PROMPT_IDS not in own
+    return columns.PROMPT_IDS in data and not has_own_text
 
 
 def _first(value: Any, default: Any) -> Any:

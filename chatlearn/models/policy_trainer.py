@@ -51,6 +51,7 @@ class PolicyTrainer(BaseModule):
     """
 
     shares_weights = True  # changes its weights in `train_step` only
+    writes = frozenset({columns.OLD_LOGPROBS})
 
     class Config(ModuleConfig):
         """Fields of `models.<name>`, those set most often first."""

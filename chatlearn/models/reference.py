@@ -29,6 +29,8 @@ class PolicyReference(BaseModule):
         >>> reference = PolicyReference("reference", model="Qwen/Qwen3-0.6B")
     """
 
+    writes = frozenset({columns.REF_LOGPROBS})
+
     class Config(ModuleConfig):
         """Fields of `models.<name>`, those set most often first."""
 

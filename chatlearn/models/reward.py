@@ -18,8 +18,9 @@ class FunctionReward(BaseModule):
     `rewards/<function>` for each.
 
     A function gets the whole batch: `completions`, `prompts`, and any other column by its
-    parameter's name; it returns one number per sample (a list, tensor or array; booleans count as 0
-    and 1). A failure is an error, never a zero.
+    parameter's name (`solver_rewards` for a column `solver/rewards`); it returns one number per
+    sample (a list, tensor or array; booleans count as 0 and 1). A failure is an error, never a
+    zero.
 
     Example:
         >>> def score(completions, answer):
@@ -31,6 +32,8 @@ class FunctionReward(BaseModule):
     Several functions: `FunctionReward("reward", [score, brevity], weights=[1.0, 0.2])`, or a dict
     that names them.
     """
+
+    writes = frozenset({columns.REWARDS})
 
     class Config(ModuleConfig):
         """Fields of `models.<name>`."""
@@ -70,7 +73,7 @@ class FunctionReward(BaseModule):
         """Add `rewards`, float32 `[B]`, and one column per function; log their means.
 
         Raises:
-            BatchError: there is no `completion` column.
+            BatchError: there is no `completion` column, in no namespace.
             RewardError: a function failed or did not return one finite number per sample.
         """
         return self._score(data)
@@ -82,14 +85,15 @@ class FunctionReward(BaseModule):
     def _score(self, data: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        if columns.COMPLETION not in data:
+        texts = [name for name in data if name.split("/")[-1] == columns.COMPLETION]
+        if not texts:  # a judge of several policies may have theirs only, each in its namespace
             raise BatchError(
                 f"column {columns.COMPLETION!r} is missing; there are {sorted(data)}",
                 place=f"module {self.name!r}",
                 fix="give it the output of PolicyInference.forward_step",
             )
         weights = self._weights()
-        samples = len(data[columns.COMPLETION])
+        samples = len(data[texts[0]])
         total = torch.zeros(samples, dtype=torch.float64)
         scores: dict[str, Any] = {}
         for scorer, weight in zip(self._scorers, weights, strict=True):

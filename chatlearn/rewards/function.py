@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,21 @@ ScoreFunction = Callable[..., Any]
 
 PARAMETERS = {"completions": columns.COMPLETION, "prompts": columns.PROMPT}
 """Parameter names that stand for a column of another name."""
+_PLURAL = {column: parameter for parameter, column in PARAMETERS.items()}
+
+
+def parameter_names(column: str) -> list[str]:
+    """Return the parameter names that ask for a column with characters which no parameter can have.
+
+    Example:
+        >>> parameter_names("solver/completion")
+        ['solver_completion', 'solver_completions']
+    """
+    if column.isidentifier():
+        return []
+    start, slash, last = column.rpartition("/")
+    spelled = [column, f"{start}{slash}{_PLURAL[last]}"] if last in _PLURAL else [column]
+    return [re.sub(r"\W+", "_", name.replace("../", "outer_")) for name in spelled]
 
 
 def function_name(function: ScoreFunction) -> str:
@@ -35,8 +51,9 @@ class Scorer:
     """One reward function together with its name; calling it gives one float per sample.
 
     The function's parameters choose what it gets: `completions` and `prompts` are the columns
-    `completion` and `prompt`; any other parameter is the column of that name; `**columns` takes all
-    columns. A parameter with a default may lack its column.
+    `completion` and `prompt`; any other parameter is the column of that name, where `solver_rewards`
+    asks for `solver/rewards` and `solver_completions` for `solver/completion`; `**columns` takes
+    all columns, under their own names. A parameter with a default may lack its column.
 
     Example:
         >>> scorer = Scorer("exact", lambda completions, answer: [c == a for c, a in zip(completions, answer)])
@@ -84,9 +101,8 @@ class Scorer:
                 continue
             if parameter.kind is parameter.VAR_POSITIONAL:
                 continue
-            column = PARAMETERS.get(parameter.name, parameter.name)
-            column = parameter.name if parameter.name in data else column
-            if column not in data:
+            column = self._column(parameter.name, data)
+            if column is None:
                 if parameter.default is not parameter.empty:
                     continue
                 raise self._unknown_parameter(parameter.name, data)
@@ -99,6 +115,20 @@ class Scorer:
             kwargs = {name: _own(value) for name, value in data.items()} | kwargs
         return args, kwargs
 
+    def _column(self, parameter: str, data: Mapping[str, Any]) -> str | None:
+        """Return the column that a parameter asks for; None if there is none."""
+        plain = (parameter, PARAMETERS.get(parameter, parameter))
+        if found := next((name for name in plain if name in data), None):
+            return found
+        spelled = [name for name in data if parameter in parameter_names(name)]
+        if len(spelled) > 1:
+            raise RewardError(
+                f"reward function {self.name!r} asks for {parameter!r}, which may be any of {spelled}",
+                place=self._place(),
+                fix="take `**columns` and choose by name, or name the columns apart",
+            )
+        return spelled[0] if spelled else None
+
     def _signature(self) -> inspect.Signature:
         try:
             return inspect.signature(self.function)
@@ -110,7 +140,9 @@ class Scorer:
             ) from None
 
     def _unknown_parameter(self, parameter: str, data: Mapping[str, Any]) -> RewardError:
-        available = sorted({*data, *(p for p, column in PARAMETERS.items() if column in data)})
+        aliases = {p for p, column in PARAMETERS.items() if column in data}
+        available = sorted(aliases.union(*([name, *parameter_names(name)] for name in data)))
+        available = [name for name in available if name.isidentifier()]
         return RewardError(
             f"reward function {self.name!r} asks for {parameter!r}, which is no column",
             place=self._place(),

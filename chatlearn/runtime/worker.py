@@ -13,9 +13,13 @@ from typing import Any
 
 from chatlearn.errors import ChatLearnError, ModuleError
 from chatlearn.flow.batching import Batch, pad
-from chatlearn.module import BaseModule, state_of
+from chatlearn.flow.namespace import enter, leave_all, own_columns
+from chatlearn.module import BaseModule, resolved_config, state_of, written_columns
 
 _SHOWN_UIDS = 16
+
+Leaving = Callable[[object], Any]
+"""Gives the columns of what a step returned the names that they have outside its module's namespace."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ class Worker:
         """Call a step method with `data` (and `iteration`, if its signature has it)."""
         state = state_of(self.module)
         state.turn, padding = where.turn, state.padding
+        leaving = None
+        if (namespace := resolved_config(self.module).namespace) is not None:
+            data, leaving = self._enter(data, namespace)
         for batch in data if isinstance(data, list) else [data]:
             pad(batch, padding)
         if method not in self._takes_iteration:
@@ -100,7 +107,25 @@ class Worker:
         keywords = dict(constants)
         if self._takes_iteration[method]:
             keywords["iteration"] = iteration
-        return self._call(method, getattr(self.module, method), where, (data,), keywords)
+        return self._call(method, getattr(self.module, method), where, (data,), keywords, leaving)
+
+    def _enter(
+        self, data: Batch | list[Batch], namespace: str
+    ) -> tuple[Batch | list[Batch], Leaving]:
+        """Return `data` as a module with a namespace sees it, and how what it returns leaves."""
+        writes, state = written_columns(self.module), state_of(self.module)
+        if isinstance(data, list):
+            names = [tuple(batch) for batch in data]
+            return (
+                [enter(batch, namespace, writes) for batch in data],
+                lambda value: leave_all(value, names, namespace, writes),
+            )
+        entered = tuple(data)
+        state.own_columns = own_columns(entered, namespace)
+        return (
+            enter(data, namespace, writes),
+            lambda value: leave_all(value, entered, namespace, writes),
+        )
 
     def set_up(self, *, anew: bool = False) -> None:
         """Run `setup()`; if not `anew`, only if it has not run since the module was last released."""
@@ -127,12 +152,15 @@ class Worker:
         where: Where,
         args: Sequence[Any],
         keywords: Mapping[str, Any],
+        leaving: Leaving | None = None,
     ) -> Result:
         start = time.perf_counter()
         try:
             value = function(*args, **keywords)
             if inspect.isawaitable(value):
                 value = self._loop.wait_for(value)
+            if leaving is not None:
+                value = leaving(value)
         except Exception as error:
             raise self._error(method, error, where) from error
         logged = state_of(self.module).metrics
