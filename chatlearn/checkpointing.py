@@ -10,8 +10,11 @@ from typing import Any
 from chatlearn.checkpoint import folder as checkpoints
 from chatlearn.checkpoint.state import RunState
 from chatlearn.data.feed import Dataset
+from chatlearn.data.fingerprint import fingerprint, name_of
+from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
-from chatlearn.errors import ConfigError
+from chatlearn.errors import CheckpointError, ConfigError, DataError
+from chatlearn.flow.batching import Batch
 from chatlearn.module import BaseModule, has_model, resolved_config
 from chatlearn.program import Program
 from chatlearn.stage import Stage
@@ -25,12 +28,31 @@ class Checkpointing:
         self._stage = stage
         self._resume = program.config.runtime.resume
         self._saved_episode = -1
+        self._given = [{"rows": len(r), "sha256": fingerprint(r)} for r in program.training_rows]
 
     def to_resume(self, root: Path) -> Path | None:
         """Return the checkpoint to go on from, `root` being the output folder's checkpoints."""
         if self._resume == "auto":
             return checkpoints.newest(root)
         return None if self._resume == "never" else Path(self._resume)
+
+    def check_named(self) -> None:
+        """Refuse a checkpoint that `runtime.resume` names, before anything is written anywhere (see `check`)."""
+        if self._resume not in ("auto", "never"):
+            self.check(Path(self._resume))
+
+    def check(self, path: Path) -> RunState:
+        """Return a checkpoint's counters; nothing has been set up, and none of its large files is read.
+
+        Raises:
+            CheckpointError: it is not whole.
+            DataError: a dataset is another one than it was.
+            ConfigError: samples would be numbered or seeded otherwise.
+        """
+        state = checkpoints.check(path)
+        self._refuse_other_data(path, state)
+        self._refuse_other_sampling(path, state)
+        return state
 
     def goes_on_in(self, folder: Path) -> bool:
         """Tell whether the run to resume lies in `folder`; what else lies there belongs to an earlier run."""
@@ -44,6 +66,7 @@ class Checkpointing:
         sampler: PromptSampler,
         datasets: Sequence[Dataset],
         rng: checkpoints.RngStates | None,
+        replay: Replay | None,
     ) -> Path | None:
         """Write a checkpoint below `root`, unless the one of this episode is there already."""
         if self._saved_episode == state.episode:
@@ -51,19 +74,37 @@ class Checkpointing:
         modules = self._stage.modules
         state.prompts_drawn = sampler.drawn
         state.dataset_sizes = [len(dataset) for dataset in datasets]
+        state.datasets = self._given
         state.iterations = {f"{m}.{s}": n for (m, s), n in self._stage.iterations.items()}
         state.policy_versions = {module.name: module.policy_version for module in modules}
         state.sampling = self._sampling()
+        state.replay = _settings(replay)
         state.config_digest = self._program.config.digest(self._program.module_configs)
         self._hook("save_checkpoint", state)
-        path = checkpoints.save(root, state, modules, with_weights=self._weights_to_save(), rng=rng)
+        path = checkpoints.save(
+            root,
+            state,
+            self._replicas(),
+            with_weights=self._weights_to_save(),
+            rng=rng,
+            replay=None if replay is None else replay.state(),
+        )
         self._saved_episode = state.episode
         return path
 
-    def resume(self, path: Path, sampler: PromptSampler, datasets: Sequence[Dataset]) -> RunState:
-        """Bring modules, sampler and counts to the state of a checkpoint, and return the run's."""
-        modules = self._stage.modules
-        state = checkpoints.load(path, modules, required=self._own_weights())
+    def resume(
+        self,
+        path: Path,
+        sampler: PromptSampler,
+        datasets: Sequence[Dataset],
+        replay: Replay | None,
+    ) -> tuple[RunState, list[str]]:
+        """Bring every replica, the sampler, the counts and replay to the state of a checkpoint.
+
+        Returns:
+            The run's state, and what of it may surprise.
+        """
+        state = RunState.read(path)
         sizes = [len(dataset) for dataset in datasets]
         if state.dataset_sizes != sizes:
             raise ConfigError(
@@ -71,6 +112,49 @@ class Checkpointing:
                 place=str(path),
                 fix="resume with the same datasets, or start anew with runtime.resume=never",
             )
+        replicas = self._replicas()
+        checkpoints.load(path, replicas, required=self._own_weights())
+        sampler.drawn = state.prompts_drawn
+        self._stage.iterations.update(state.counts())
+        for replica in replicas:
+            replica.policy_version = state.policy_versions.get(replica.name, 0)
+        notes = _resume_replay(path, state, replay)
+        self._hook("load_checkpoint", state)
+        self._saved_episode = state.episode
+        return state, notes
+
+    def _replicas(self) -> list[BaseModule]:
+        workers = self._stage.runtime.workers
+        return [worker.module for name in workers for worker in workers[name]]
+
+    def _refuse_other_data(self, path: Path, state: RunState) -> None:
+        new, old, anew = self._given, state.datasets, "start anew with runtime.resume=never"
+        if not old:  # saved before datasets were told apart
+            return
+        if len(new) != len(old):
+            raise DataError(
+                f"the run has {len(new)} datasets, but had {len(old)} when it was saved",
+                place=str(path),
+                fix=f"resume with the same datasets, or {anew}",
+            )
+        owner = self._program.data_owner
+        for number, (now, then) in enumerate(zip(new, old, strict=True)):
+            known = now["sha256"] and then["sha256"]
+            if now["rows"] == then["rows"] and not (known and now["sha256"] != then["sha256"]):
+                continue
+            source = owner.sources[number] if owner is not None else ""
+            what = (
+                f"it has {now['rows']} rows, and had {then['rows']}"
+                if now["rows"] != then["rows"]
+                else f"it still has {now['rows']} rows, but not the same ones"
+            )
+            raise DataError(
+                f"{name_of(source, number)} changed since the run was saved: {what}",
+                place=f"{source}, {path}" if isinstance(source, str | Path) else str(path),
+                fix=f"resume with the rows that the run was started with, or {anew}",
+            )
+
+    def _refuse_other_sampling(self, path: Path, state: RunState) -> None:
         changed = [k for k, v in self._sampling().items() if v != state.sampling.get(k)]
         if changed:
             new = ", ".join(f"{k}={self._sampling()[k]}" for k in changed)
@@ -80,13 +164,6 @@ class Checkpointing:
                 place=str(path),
                 fix="resume with the values the run was started with, or start anew: runtime.resume=never",
             )
-        sampler.drawn = state.prompts_drawn
-        self._stage.iterations.update(state.counts())
-        for module in modules:
-            module.policy_version = state.policy_versions.get(module.name, 0)
-        self._hook("load_checkpoint", state)
-        self._saved_episode = state.episode
-        return state
 
     def _sampling(self) -> dict[str, Any]:
         """What decides which sample has which number, and its random numbers."""
@@ -119,3 +196,45 @@ def _may_change(module: BaseModule) -> bool:
     if type(module).state_dict is not BaseModule.state_dict:
         return True
     return has_model(module) and any(p.requires_grad for p in module.model.parameters())
+
+
+def refuse_unkeepable(samples: Batch, episode: int) -> None:
+    """Refuse samples that no checkpoint could keep for replay, before anybody trains on them.
+
+    Raises:
+        CheckpointError: a column holds something that could not be loaded again.
+    """
+    for name, column in samples.items():
+        if found := checkpoints.find_unloadable(column):
+            raise CheckpointError(
+                f"column {name!r} holds a {found[1]}, which a checkpoint cannot keep for replay",
+                place=f"the samples of episode {episode + 1}",
+                fix="have the environment flow return tensors, numbers, texts, lists and dicts, or drop the column; "
+                "without replay (runtime.max_replay_episode=0) samples are not saved",
+            )
+
+
+def _settings(replay: Replay | None) -> dict[str, int]:
+    if replay is None:
+        return {}
+    return {"max_replay_episode": replay.episodes, "replay_episode_offset": replay.offset}
+
+
+def _resume_replay(path: Path, state: RunState, replay: Replay | None) -> list[str]:
+    """Hand replay the episodes that were kept; it drops what it would not have kept itself."""
+    saved = checkpoints.load_replay(path)
+    if replay is None:
+        return (
+            [f"no replay now: {len(saved)} episodes kept for it are left behind"] if saved else []
+        )
+    if saved is None:
+        since = f"replay keeps episodes from {state.episode + 1} on: the run was saved without it"
+        return [since] if state.episode > replay.offset else []
+    replay.load(saved)
+    now, then = _settings(replay), state.replay
+    if now == then:
+        return []
+    changes = ", ".join(
+        f"{k}={v} instead of {then.get(k)}" for k, v in now.items() if v != then.get(k)
+    )
+    return [f"replay goes on with {len(replay.kept)} of {len(saved)} kept episodes: {changes}"]

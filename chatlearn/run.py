@@ -15,14 +15,15 @@ from chatlearn.checkpoint import folder as checkpoints
 from chatlearn.checkpoint.state import RunState
 from chatlearn.checkpointing import Checkpointing
 from chatlearn.data.feed import Dataset, Feed
+from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
-from chatlearn.data.stream import StreamDataset
+from chatlearn.episode import EpisodeFlows
 from chatlearn.executors import EvalInfo, Evaluator
 from chatlearn.interruption import Interruption
 from chatlearn.module import BaseModule
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
-from chatlearn.runtime.local import FlowWork, Outcome, TrainWork
+from chatlearn.runtime.local import Outcome
 from chatlearn.stage import Results, Stage
 from chatlearn.syncs import Syncs
 
@@ -65,12 +66,19 @@ class Run:
         self._is_whole = True
         """Whether modules are as the end of an episode left them."""
         self._syncs: Syncs | None = None
+        self._replay: Replay | None = None
+        if self.config.max_replay_episode and "trainer_flow" in program.graphs:
+            runtime, sampler = self.config, program.replay_sampler
+            self._replay = Replay(
+                runtime.max_replay_episode, runtime.replay_episode_offset, sampler
+            )
 
     # ---- start and end --------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
         self._checkpointing = Checkpointing(self.program, self.stage)
+        self._checkpointing.check_named()
         self._recorder = Recorder(self.program.config, goes_on=self._checkpointing.goes_on_in)
         try:
             self._begin()
@@ -88,7 +96,7 @@ class Run:
         folder = self._recorder.folder
         self.result.folder = folder.path
         self._resume_from = self._checkpointing.to_resume(folder.checkpoints)
-        done = RunState.read(self._resume_from).episode if self._resume_from else 0
+        done = self._checkpointing.check(self._resume_from).episode if self._resume_from else 0
         self._interruption.catch()
         self._interruption.may_raise = True
         self._recorder.start(
@@ -106,15 +114,22 @@ class Run:
         self._sampler, self._datasets = self._sampler_over_datasets()
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
         self._syncs = Syncs(self.program, self.stage, self.config)
+        self._flows = EpisodeFlows(
+            self.program,
+            self.stage,
+            self._recorder,
+            self._replay,
+            lambda: self._interruption.requested,
+        )
+        notes = list(self.program.notes)
         if self._resume_from is not None:
-            self.state = self._checkpointing.resume(
-                self._resume_from, self._sampler, self._datasets
+            self.state, surprises = self._checkpointing.resume(
+                self._resume_from, self._sampler, self._datasets, self._replay
             )
-            self._recorder.note(
-                f"resumed from {self._resume_from}: {self.state.episode} episodes done"
-            )
+            resumed = f"resumed from {self._resume_from}: {self.state.episode} episodes done"
+            notes = [resumed, *surprises, *notes]
         self._show_progress_of_calls(self._tick)
-        for note in self.program.notes:
+        for note in notes:
             self._recorder.note(note)
         self._recorder.begin()
         self._interruption.may_raise = False
@@ -149,6 +164,10 @@ class Run:
             self._export()
         self.result.episodes = self.state.episode
         self.result.train_iteration = self.state.train_iteration
+        self.stage.episode, self.stage.train_iteration = (
+            self.state.episode,
+            self.state.train_iteration,
+        )
         self.result.evaluations = self._recorder.evaluations
         self.result.seconds = time.perf_counter() - self._start
         self._recorder.finish(self.state.episode, self.result.seconds, complete=complete)
@@ -229,28 +248,13 @@ class Run:
     def generate_and_train(self) -> None:
         """Run the environment flow and, as its samples allow, the trainer flow."""
         assert self._plan is not None
-        graphs = self.program.graphs
         drawn, counts = self._sampler.drawn, self.stage.iterations.copy()
         rng = checkpoints.rng_states()
         draws = self._sampler.draw(self._plan.prompts)
         feed = Feed(self._datasets, draws, self._plan.group_size, drawn)
-        is_read = "trainer_flow" in graphs
-        flow = FlowWork(graphs["env_flow"], feed, is_read) if "env_flow" in graphs else None
-        trainer = None
-        if "trainer_flow" in graphs:
-            samples = None if flow else feed.batch(0, len(feed))
-            trainer = TrainWork(graphs["trainer_flow"], self._stream(), samples)
+        self.stage.runtime.has_trained = False
         try:
-            outcome = self.stage.runtime.run(
-                self.state.episode + 1,
-                self.stage.iterations,
-                flow=flow,
-                trainer=trainer,
-                batch_size=self.config.generation_batch_size,
-                starting=self._recorder.starting,
-                observer=self._recorder.call,
-                interrupted=lambda: self._interruption.requested,
-            )
+            outcome = self._flows.run(self.state.episode, feed)
         except BaseException:
             self._is_whole = not self.stage.runtime.has_trained
             if (
@@ -294,6 +298,7 @@ class Run:
                 info,
                 observer=self._recorder.evaluation_call,
                 interrupted=lambda: self._interruption.requested,
+                note=self._recorder.note,
             )
         self._recorder.evaluation_done(self.state.episode, results, evaluator.metrics)
         return results
@@ -321,16 +326,6 @@ class Run:
         )
         return sampler, datasets
 
-    def _stream(self) -> StreamDataset:
-        return StreamDataset(
-            self.config.stream_data_loader_type,
-            global_batch_size=self.config.train_global_batch_size,
-            micro_batch_size=self.config.train_micro_batch_size,
-            epochs=self.config.num_training_epoch,
-            incomplete_step=self.config.incomplete_step,
-            seed=f"{self.config.seed}/{self.state.episode}",
-        )
-
     def _account(self, outcome: Outcome) -> None:
         self.state.train_iteration += outcome.steps
         self._module_seconds = outcome.module_seconds
@@ -340,7 +335,7 @@ class Run:
         root = self._recorder.folder.checkpoints
         with self._recorder.phase("checkpoint"):
             path = self._checkpointing.save(
-                root, self.state, self._sampler, self._datasets, self._rng_to_save
+                root, self.state, self._sampler, self._datasets, self._rng_to_save, self._replay
             )
         if path is not None:
             self._recorder.note(f"checkpoint: {path}")

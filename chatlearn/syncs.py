@@ -42,15 +42,16 @@ class Syncs:
 
     def run_first(self, recorder: Recorder, *, resumed: bool) -> None:
         """Sync before the first episode; a resumed destination that is synced rarely keeps what it was saved with."""
-        versions = {module.name: module.policy_version for module in self._stage.modules}
+        workers = [worker for name in self._stage.runtime.workers.values() for worker in name]
+        versions = [worker.module.policy_version for worker in workers]
         for pair in self._pairs:
             if pair.sync.moves_nothing:
                 recorder.note(f"nothing to sync: {pair.sync.pair} have no parameters")
             if not resumed or pair.frequency == 1:
                 self._run(pair, recorder)
         if resumed:  # this sync repeats one that was counted before
-            for module in self._stage.modules:
-                module.policy_version = versions[module.name]
+            for worker, version in zip(workers, versions, strict=True):
+                worker.module.policy_version = version
 
     def run_due(self, recorder: Recorder, episodes: int) -> None:
         """Sync what is due after `episodes` episodes."""

@@ -8,8 +8,10 @@
       episode-000012/
         checkpoint.json                 counters (see `state.py`)
         rng.pt                          states of torch's and Python's generators
+        replay.pt                       the episodes kept for replay, if there is any (columns per episode)
         modules/<name>/weights.safetensors
         modules/<name>/training.pt      optimiser and schedule
+        modules/<name>/training-1.pt    what replica 1 keeps for itself, if it keeps anything
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so a crash leaves the last one whole.
 Nothing is ever unpickled: weights are safetensors, the rest is loaded with `weights_only=True`.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +37,21 @@ from chatlearn.module import BaseModule
 
 _LATEST = "latest"
 _OLDER = "resume from an older one with runtime.resume=<path>"
-_LOADABLE = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_LOADABLE = {
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+}
+"""With tensors and containers of them, what `weights_only=True` reads; subclasses of these it does not."""
+_REPLAY = "replay.pt"
 
 RngStates = dict[str, Any]
 
@@ -46,15 +63,17 @@ def save(
     *,
     with_weights: Collection[str],
     rng: RngStates | None = None,
+    replay: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a checkpoint below `root` and make it the latest.
 
     Args:
         root: the folder of all checkpoints.
         state: the counters.
-        modules: every module of the run; each one's `training_state()` is saved.
-        with_weights: names of the modules whose `state_dict()` is saved too.
+        modules: every replica of every module of the run; each one's `training_state()` is saved.
+        with_weights: names of the modules whose `state_dict()` is saved too, of replica 0.
         rng: states of the random generators to go on from, if not the present ones.
+        replay: the episodes kept for replay, if the run keeps any.
 
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints are untouched.
@@ -67,6 +86,8 @@ def save(
         for module in modules:
             _save_module(partial / "modules" / module.name, module, module.name in with_weights)
         torch.save(rng or rng_states(), partial / "rng.pt")
+        if replay is not None:
+            torch.save(list(replay), partial / _REPLAY)
         state.files = {name: path.stat().st_size for name, path in _files(partial)}
         (partial / "checkpoint.json").write_text(state.to_json(), encoding="utf-8")
         _flush(partial)
@@ -96,14 +117,11 @@ def newest(root: Path) -> Path | None:
     return max(whole, default=None)
 
 
-def load(
-    folder: Path, modules: Sequence[BaseModule], *, required: Collection[str] = ()
-) -> RunState:
-    """Bring modules and random generators to the state of a checkpoint; return its counters.
+def check(folder: Path) -> RunState:
+    """Return the counters of a checkpoint that is whole, without reading its large files.
 
     Raises:
-        CheckpointError: a file is missing or damaged, a module does not fit, or the weights of a module named in
-            `required` are not there.
+        CheckpointError: a file is missing or has another size than it was written with.
     """
     state = RunState.read(folder)
     for name, expected in state.files.items():
@@ -113,10 +131,32 @@ def load(
             raise CheckpointError(
                 f"the checkpoint is damaged: {name} {what}", place=str(folder / name), fix=_OLDER
             )
+    return state
+
+
+def load(
+    folder: Path, modules: Sequence[BaseModule], *, required: Collection[str] = ()
+) -> RunState:
+    """Bring modules and random generators to the state of a checkpoint; return its counters.
+
+    Every replica of a module gets the weights that were saved, and the training state of its own id (of replica 0, if
+    the run had fewer replicas when it was saved).
+
+    Raises:
+        CheckpointError: a file is missing or damaged, a module does not fit, or the weights of a module named in
+            `required` are not there.
+    """
+    state = check(folder)
     for module in modules:
         _load_module(folder / "modules" / module.name, module, module.name in required)
     restore_rng(_read(folder / "rng.pt", _load_tensors))
     return state
+
+
+def load_replay(folder: Path) -> list[dict[str, Any]] | None:
+    """Return the episodes that a checkpoint kept for replay, None if its run kept none."""
+    path = folder / _REPLAY
+    return _read(path, _load_where_it_was) if path.exists() else None
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
@@ -133,33 +173,55 @@ def _clear(root: Path) -> None:
 def _save_module(folder: Path, module: BaseModule, with_weights: bool) -> None:
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-    state: Mapping[str, Any] = module.state_dict() if with_weights else {}
+    state: Mapping[str, Any] = module.state_dict() if with_weights and not module.replica_id else {}
     weights = _unshared({k: v for k, v in state.items() if isinstance(v, Tensor)})
     plain = {name: value for name, value in state.items() if name not in weights}
     training: dict[str, Any] = {"training": module.training_state(), "plain": plain}
     _refuse_unloadable(training, module)
     if weights or any(training.values()):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     if weights:
         save_file(weights, folder / "weights.safetensors")
     if any(training.values()):
-        torch.save(training, folder / "training.pt")
+        torch.save(training, _training_file(folder, module))
 
 
-def _refuse_unloadable(value: Any, module: BaseModule, path: str = "") -> None:
-    """Refuse at once what could not be read again: only tensors and plain values are loaded, nothing is unpickled."""
-    if isinstance(value, dict):
-        for key, part in cast("dict[Any, Any]", value).items():
-            _refuse_unloadable(part, module, f"{path}[{key!r}]")
-    elif isinstance(value, list | tuple | set):
-        for part in cast("Iterable[Any]", value):
-            _refuse_unloadable(part, module, f"{path}[...]")
-    elif not isinstance(value, _LOADABLE):
+def _training_file(folder: Path, module: BaseModule) -> Path:
+    return folder / (f"training-{module.replica_id}.pt" if module.replica_id else "training.pt")
+
+
+def _refuse_unloadable(value: Any, module: BaseModule) -> None:
+    """Refuse at once what could not be read again."""
+    if found := find_unloadable(value):
+        path, kind = found
         raise CheckpointError(
-            f"the state of module {module.name!r} holds a {type(value).__name__}, which a checkpoint cannot keep",
+            f"the state of module {module.name!r} holds a {kind}, which a checkpoint cannot keep",
             place=f"{type(module).__name__}, at {path}",
             fix="return tensors, numbers, strings, lists and dicts from state_dict() and training_state()",
         )
+
+
+def find_unloadable(value: Any) -> tuple[str, str] | None:
+    """Find a value that no checkpoint can keep: only tensors and plain values are loaded, nothing is unpickled.
+
+    Returns:
+        Its path within `value` and the name of its type, or None.
+
+    Example:
+        >>> find_unloadable({"rows": [1, object()]})
+        ("['rows'][...]", 'object')
+    """
+    kind = type(cast("object", value))
+    if kind in _LOADABLE or isinstance(value, Tensor):
+        return None
+    if kind in (dict, OrderedDict, Counter):
+        entries = cast("dict[Any, Any]", value).items()
+        found = ((f"[{key!r}]", find_unloadable(key) or find_unloadable(v)) for key, v in entries)
+    elif kind in (list, tuple, set):
+        found = (("[...]", find_unloadable(v)) for v in cast("Iterable[Any]", value))
+    else:
+        return "", kind.__name__
+    return next(((f"{step}{inner[0]}", inner[1]) for step, inner in found if inner), None)
 
 
 def _load_module(folder: Path, module: BaseModule, required: bool) -> None:
@@ -170,6 +232,8 @@ def _load_module(folder: Path, module: BaseModule, required: bool) -> None:
         other: dict[str, Any] = {}
         if (folder / "training.pt").exists():
             other = _read(folder / "training.pt", _load_tensors)
+        if module.replica_id and (own := _training_file(folder, module)).exists():
+            other = {**other, "training": _read(own, _load_tensors)["training"]}
         state: dict[str, Any] = {
             **(
                 _read(weights, cast("Callable[[Path], Any]", load_file)) if weights.exists() else {}
@@ -207,6 +271,12 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 def _load_tensors(path: Path) -> Any:
     return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _load_where_it_was(path: Path) -> Any:
+    """Samples come back to the device that new ones are made on, if this machine has it."""
+    where = None if torch.cuda.is_available() else "cpu"
+    return torch.load(path, weights_only=True, map_location=where)
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class RunState:
     prompts_drawn: int = 0
     """Prompts taken from the datasets; the sampler's whole state."""
     dataset_sizes: list[int] = field(default_factory=list[int])
-    """Rows of each dataset, to notice that one changed."""
+    """Rows of each dataset as the run samples from it, to notice that one changed."""
     iterations: dict[str, int] = field(default_factory=dict[str, int])
     """Calls so far of each `module.method`."""
     policy_versions: dict[str, int] = field(default_factory=dict[str, int])
@@ -38,6 +38,10 @@ class RunState:
     """Configuration that a resumed run must share: it numbers samples and seeds them."""
     config_digest: str = ""
     """SHA-256 of the resolved configuration."""
+    datasets: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Of each dataset as it was given: its `rows`, and the `sha256` of them ("" where it makes them when asked)."""
+    replay: dict[str, int] = field(default_factory=dict[str, int])
+    """Which episodes were kept for replay: `max_replay_episode`, `replay_episode_offset`; empty without replay."""
     files: dict[str, int] = field(default_factory=dict[str, int])
     """The checkpoint's other files and their bytes, to notice that one is missing or cut off."""
 

@@ -25,7 +25,12 @@ from chatlearn.observability.trackers import TensorBoardTracker, Tracker
 from chatlearn.observability.transcripts import Batch, Phase, TranscriptLog
 from chatlearn.observability.wandb_tracker import WandbTracker
 
-_SHOWN_AS = {"sync": "syncing", "evaluation": "evaluating", "checkpoint": "saving"}
+_SHOWN_AS = {
+    "sync": "syncing",
+    "evaluation": "evaluating",
+    "checkpoint": "saving",
+    "replay": "replaying",
+}
 _TOKENS = "_tokens"
 
 
@@ -176,6 +181,15 @@ class Recorder:
         """Take the numbers of a parameter sync."""
         self._episode.put(f"sync/{pair}/seconds", seconds)
         self._episode.put(f"sync/{pair}/bytes", moved_bytes)
+
+    def replayed(self, episodes: int, samples: int, *, oldest: int) -> None:
+        """Take note of how many episodes were trained on, with how many samples, and of the oldest (from 1)."""
+        for name, value in (
+            ("episodes", episodes),
+            ("samples", samples),
+            ("oldest_episode", oldest),
+        ):
+            self._episode.put(f"replay/{name}", value)
 
     def evaluation_call(self, call: Call) -> None:
         """Take note of a finished call of the evaluation flow."""
