@@ -84,3 +84,7 @@ class EngineError(ChatLearnError):
 
 class ModuleError(ChatLearnError):
     """A module's method raised; the original exception is this error's `__cause__`."""
+
+
+class HookError(ModuleError):
+    """A function that the user set on an engine or evaluator raised; the original exception is the `__cause__`."""

@@ -15,12 +15,15 @@ from typing import Final
 
 REWARD: Final = ("reward", "rewards", "reward_mean", "rewards_mean")
 LOSS: Final = ("loss", "policy_loss")
-ACCURACY: Final = ("accuracy", "exact_match", "pass_rate", "correct")
+PASS: Final = "pass@"
+ACCURACY: Final = ("accuracy", "exact_match", "pass_rate", "correct", PASS + "1")
 GENERATED: Final = ("generated_tokens", "response_tokens", "sampled_tokens")
 TRAINED: Final = ("trained_tokens", "train_tokens")
 GENERATION_PHASES: Final = ("generating", "generate", "generation", "env_flow")
 TRAINING_PHASES: Final = ("training", "train", "trainer_flow")
 EVAL: Final = "eval/"
+MOST_DATASETS: Final = 6
+"""Datasets whose numbers stand on an evaluation's line."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,54 @@ def find_key(metrics: Iterable[str], names: tuple[str, ...]) -> str | None:
     return next((parts[name] for name in names if name in parts), None)
 
 
+def measure_label(key: str) -> str:
+    """Return what to call the number that an evaluation is for: `accuracy`, `pass@1` or `eval reward`."""
+    last = _last_part(key)
+    if last.startswith(PASS):
+        return last
+    return "accuracy" if last in ACCURACY else "eval reward"
+
+
+def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> list[tuple[str, float]]:
+    """Return the few numbers of an evaluation that fit on a line, with short labels.
+
+    First what it is for, then `pass@k` of the largest k and the reward, then others; then, of several datasets, the
+    first number of each.
+
+    Example:
+        >>> evaluation_highlights({"r/pass@1": 0.4, "r/pass@8": 0.7, "math/r/pass@1": 0.5, "code/r/pass@1": 0.3})
+        [('pass@1', 0.4), ('pass@8', 0.7), ('math', 0.5), ('code', 0.3)]
+    """
+    key = find_key(metrics, ACCURACY) or find_key(metrics, REWARD)
+    of_datasets = {
+        name.removesuffix(f"/{key}"): value
+        for name, value in metrics.items()
+        if key is not None and name.endswith(f"/{key}")
+    }
+    overall = [n for n in metrics if not n.startswith(tuple(f"{d}/" for d in of_datasets))]
+    passes = [name for name in overall if _pass_k(name) is not None]
+    largest = max(passes, key=lambda name: _pass_k(name) or 0, default=None)
+    reward = find_key(overall, REWARD)
+    others = [name for name in overall if "@" not in _last_part(name)]
+    ordered = dict.fromkeys(n for n in (key, largest, reward, *others) if n is not None)
+    shown = [(_last_part(name), metrics[name]) for name in list(ordered)[:most]]
+    return shown + list(of_datasets.items())[:MOST_DATASETS]
+
+
+def _pass_k(name: str) -> int | None:
+    """Return the k of a metric `.../pass@<k>`."""
+    last = _last_part(name)
+    number = last.removeprefix(PASS)
+    return int(number) if last.startswith(PASS) and number.isdigit() else None
+
+
 def _by_last_part(names: Iterable[str]) -> dict[str, str]:
+    """Map last parts to names; of several, the one with the fewest parts (those of all datasets), then the first."""
     parts: dict[str, str] = {}
     for name in names:
-        parts.setdefault(_last_part(name), name)
+        last = _last_part(name)
+        if last not in parts or name.count("/") < parts[last].count("/"):
+            parts[last] = name
     return parts
 
 

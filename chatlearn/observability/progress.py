@@ -18,14 +18,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TextIO, TypeVar
 
-from chatlearn.observability.headline import ACCURACY, REWARD, Headline, find_key, headline
+from chatlearn.observability.headline import (
+    ACCURACY,
+    REWARD,
+    Headline,
+    evaluation_highlights,
+    find_key,
+    headline,
+    measure_label,
+)
 from chatlearn.observability.numbers import duration, number, quantity, sparkline
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
+    from rich.text import Text
 
 REFRESH_S = 0.25
 HEARTBEAT_S = 30.0
@@ -44,13 +53,16 @@ class Call(Protocol):
 
 
 P = ParamSpec("P")
+AnyProgress = TypeVar("AnyProgress", bound="Progress")
 
 
-def _never_disturb(
-    method: Callable[Concatenate[Progress, P], None],
-) -> Callable[Concatenate[Progress, P], None]:
+def never_disturb(
+    method: Callable[Concatenate[AnyProgress, P], None],
+) -> Callable[Concatenate[AnyProgress, P], None]:
+    """Have whatever fails in `method` end the display, and nothing else."""
+
     @functools.wraps(method)
-    def guarded(self: Progress, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: AnyProgress, *args: P.args, **kwargs: P.kwargs) -> None:
         if self.is_off:
             return
         try:
@@ -121,7 +133,7 @@ class Progress:
         self._phase = "done" if kind is None else "stopped"
         self._finish()
 
-    @_never_disturb
+    @never_disturb
     def begin(self) -> None:
         """Start the clock of the first episode and, on a terminal, the live display.
 
@@ -130,14 +142,14 @@ class Progress:
         self._last_done = self._clock()
         self._start()
 
-    @_never_disturb
+    @never_disturb
     def phase(self, name: str) -> None:
         """Say what the run does now: generating, scoring, training, syncing, evaluating, saving."""
         self._phase = name
         self._phase_samples = self._phase_tokens = 0
         self._phase_began = self._clock()
 
-    @_never_disturb
+    @never_disturb
     def tick(self, tokens: int) -> None:
         """Take note of tokens that a call under way has produced."""
         self._phase_tokens += tokens
@@ -149,13 +161,13 @@ class Progress:
             done = f"episode {self._episode + 1}/{self._total}"
             self._write(f"{done}  {self._phase}  {amount}")
 
-    @_never_disturb
+    @never_disturb
     def advance(self, call: Call) -> None:
         """Take note of a finished call."""
         self._phase_samples += call.samples
         self._beat(f"{self._phase_samples} samples")
 
-    @_never_disturb
+    @never_disturb
     def episode_done(self, metrics: Mapping[str, float]) -> None:
         """Take the metrics of the episode that ended."""
         now = self._clock()
@@ -174,23 +186,22 @@ class Progress:
         else:
             self._pending = self._line()
 
-    @_never_disturb
+    @never_disturb
     def evaluation_done(self, metrics: Mapping[str, float], episode: int | None = None) -> None:
         """Take the metrics of an evaluation after `episode` episodes (None: those done so far)."""
         key = find_key(metrics, ACCURACY) or find_key(metrics, REWARD)
         if key is not None:
             self._accuracy = metrics[key]
-            self._measured = "accuracy" if find_key({key: 0.0}, ACCURACY) else "eval reward"
+            self._measured = measure_label(key)
             if self._first_accuracy is None:
                 self._first_accuracy = self._accuracy
-        names = sorted(metrics, key=lambda name: name != key)[:4]
-        shown = "  ".join(f"{_short(name)} {number(metrics[name])}" for name in names)
+        shown = shown_numbers(metrics)
         done = self._episode if episode is None else episode
         when = f"after episode {done}" if done else "before training"
         self._show_pending()
-        self._write(f"evaluation {when}  {shown or '(no numbers)'}")
+        self._write(f"evaluation {when}  {shown}")
 
-    @_never_disturb
+    @never_disturb
     def note(self, text: str) -> None:
         """Show a line of its own, such as where a checkpoint was written."""
         self._show_pending()
@@ -238,13 +249,18 @@ class Progress:
 
     # ---- the live display ------------------------------------------------------------------------
 
-    @_never_disturb
+    @never_disturb
     def _start(self) -> None:
-        wanted = self._want_live
-        if wanted is None:
-            wanted = self._stream.isatty()
-        if not wanted:
-            return
+        if self._wants_live():
+            self._open_live()
+        if self._live is not None:
+            self._thread = threading.Thread(target=self._refresh, name="progress", daemon=True)
+            self._thread.start()
+
+    def _wants_live(self) -> bool:
+        return self._stream.isatty() if self._want_live is None else self._want_live
+
+    def _open_live(self, *, transient: bool = False) -> None:
         from rich.console import Console
         from rich.live import Live
 
@@ -255,20 +271,20 @@ class Progress:
         console = OurConsole(file=self._stream)
         if console.is_dumb_terminal:
             return
-        live = Live(get_renderable=self._render, console=console, auto_refresh=False)
+        live = Live(
+            get_renderable=self._render, console=console, auto_refresh=False, transient=transient
+        )
         try:
             live.start()
         except Exception:  # noqa: BLE001 - another live display has the terminal: plain lines then
             return
         self._console, self._live = console, live
-        self._thread = threading.Thread(target=self._refresh, name="progress", daemon=True)
-        self._thread.start()
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH_S):
             self._refresh_once()
 
-    @_never_disturb
+    @never_disturb
     def _refresh_once(self) -> None:
         if self._live is not None:
             self._live.refresh()
@@ -299,14 +315,7 @@ class Progress:
         head.add_column(no_wrap=True, justify="right")
         title = Text.assemble("episode ", (f"{self._episode}/{self._total}", "bold"))
         head.add_row(title, bar, Text("  ".join(self._timing()), style="dim"))
-        doing = Text(self._phase or "starting", style="cyan")
-        if self._phase_tokens:
-            speed = self._phase_tokens / max(self._clock() - self._phase_began, 1e-3)
-            doing.append(
-                f"  {quantity(self._phase_tokens)} tokens, {quantity(speed)} tok/s", style="dim"
-            )
-        if self._phase_samples:
-            doing.append(f"  {self._phase_samples} samples", style="dim")
+        doing = self._doing()
         facts = Text("  ".join(self._numbers()))
         if self._accuracy is not None:
             facts.append(f"  {self._measured} {number(self._accuracy)}", style="green")
@@ -321,6 +330,22 @@ class Progress:
             lines.append(Text.assemble(("reward ", "dim"), (curve, "green")))
         return Group(*lines)
 
+    def _doing(self) -> Text:
+        """Say what the run does now, and how fast."""
+        from rich.text import Text
 
-def _short(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
+        doing = Text(self._phase or "starting", style="cyan")
+        if self._phase_tokens:
+            speed = self._phase_tokens / max(self._clock() - self._phase_began, 1e-3)
+            doing.append(
+                f"  {quantity(self._phase_tokens)} tokens, {quantity(speed)} tok/s", style="dim"
+            )
+        if self._phase_samples:
+            doing.append(f"  {self._phase_samples} samples", style="dim")
+        return doing
+
+
+def shown_numbers(metrics: Mapping[str, float]) -> str:
+    """Return the few numbers of an evaluation that belong on a line."""
+    parts = [f"{label} {number(value)}" for label, value in evaluation_highlights(metrics)]
+    return "  ".join(parts) or "(no numbers)"

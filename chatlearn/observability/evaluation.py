@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the calls and results of one evaluation to its flat metrics: overall and, of several datasets, for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from chatlearn.columns import PROMPT_UID, REWARDS, UID
+from chatlearn.flow.batching import Batch, is_number
+from chatlearn.flow.graph import FlowGraph, Node
+from chatlearn.observability.metrics import EpisodeMetrics
+from chatlearn.observability.pass_at_k import Tally, default_ks
+
+
+class Call(Protocol):
+    """What is known of a finished call of a module."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+class EvaluationMetrics:
+    """Collect what an evaluation measures.
+
+    Args:
+        graph: the evaluation flow.
+        datasets: their names, in order; with several, every metric stands under `<dataset>/` too.
+        samples_per_prompt: above 1, `avg@n` and `pass@k` of the rewards are measured.
+        ks: the k of `pass@k`; None takes `default_ks`, if there are several samples per prompt.
+        threshold: reward from which on a sample has passed.
+
+    Example:
+        >>> measured = EvaluationMetrics(graph, ["math", "code"], samples_per_prompt=8)
+        >>> measured.begin("math")
+        >>> measured.call(report)
+        >>> measured.returned(batches_by_node, prompts=100)
+        >>> measured.summary()
+        {'reward/rewards': 0.4, 'reward/pass@8': 0.9, ..., 'math/reward/rewards': 0.4, ...}
+    """
+
+    def __init__(
+        self,
+        graph: FlowGraph,
+        datasets: Sequence[str],
+        samples_per_prompt: int = 1,
+        ks: Sequence[int] | None = None,
+        threshold: float = 1.0,
+    ) -> None:
+        self._graph = graph
+        self._samples = samples_per_prompt
+        if ks is None:
+            ks = default_ks(samples_per_prompt) if samples_per_prompt > 1 else ()
+        self._ks = sorted(set(ks))
+        self._threshold = threshold
+        self._overall = EpisodeMetrics()
+        self._parts = {name: EpisodeMetrics() for name in datasets}
+        self._tallies: dict[str, dict[str, Tally]] = {name: {} for name in datasets}
+        self._now = ""
+        self.notes: list[str] = []
+        """What could not be measured, and why."""
+
+    def begin(self, dataset: str) -> None:
+        """Count what follows to `dataset`."""
+        self._now = dataset
+
+    def call(self, call: Call) -> None:
+        """Take the numbers that a call logged."""
+        for metrics in (self._overall, self._parts[self._now]):
+            metrics.add(call.module, call.method, call.metrics, call.samples)
+
+    def returned(self, batches: Mapping[int, Sequence[Batch]], prompts: int) -> None:
+        """Take the batches of the returned nodes over one whole dataset of `prompts` prompts."""
+        if not self._ks:
+            return
+        found = self._tallies[self._now]
+        for index, parts in batches.items():
+            node = self._graph.nodes[index]
+            names = dict.fromkeys(name for part in parts for name in part if _holds_rewards(name))
+            for name in names:
+                tally = self._tally(node, name, parts, prompts)
+                if tally is not None:
+                    found[self._owner(node) + name.removesuffix(REWARDS)] = tally
+        if not any(self._tallies.values()) and not self.notes:
+            self.notes.append(
+                "no pass@k: no returned node of the evaluation flow has a column of rewards, one number per sample"
+            )
+
+    def summary(self) -> dict[str, float]:
+        """Return the flat metrics, those over all datasets first."""
+        parts = list(self._tallies.values())
+        owners = dict.fromkeys(owner for part in parts for owner in part)
+        whole = {o: Tally.together(part[o] for part in parts if o in part) for o in owners}
+        flat = {**self._overall.summary(), **self._of(whole)}
+        if len(self._parts) > 1:
+            for dataset, metrics in self._parts.items():
+                own = {**metrics.summary(), **self._of(self._tallies[dataset])}
+                named = {f"{dataset}/{name}": value for name, value in own.items()}
+                if taken := flat.keys() & named:
+                    self.notes.append(
+                        f"metrics of dataset {dataset!r} have names of others: {sorted(taken)}"
+                    )
+                flat = {**named, **flat} if taken else {**flat, **named}
+        return flat
+
+    def _of(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
+        return {
+            f"{owner}{name}": value
+            for owner, tally in tallies.items()
+            for name, value in tally.metrics(self._samples, self._ks).items()
+        }
+
+    def _owner(self, node: Node) -> str:
+        """Return the module's name; the node's, if several nodes of the module are returned."""
+        modules = [self._graph.nodes[index].module for index in set(self._graph.outputs)]
+        return f"{node.module.name if modules.count(node.module) == 1 else node.name}/"
+
+    def _tally(self, node: Node, name: str, parts: Sequence[Batch], prompts: int) -> Tally | None:
+        """Sort a node's rewards by prompt; None if they are not one number per sample."""
+        groups: dict[Any, tuple[list[float], list[bool]]] = {}
+        position = 0
+        for part in (part for part in parts if part):
+            column = part.get(name)
+            if column is None or not _is_numeric(column):
+                return None
+            rewards = [float(reward) for reward in column]
+            keys = self._prompts(part, position)
+            for key, reward, passed in zip(
+                keys, rewards, _passed(column, self._threshold), strict=True
+            ):
+                group = groups.setdefault(key, ([], []))
+                group[0].append(reward)
+                group[1].append(passed)
+            position += len(rewards)
+        by_position = any(part and PROMPT_UID not in part and UID not in part for part in parts)
+        if by_position and position != prompts * self._samples:
+            self.notes.append(
+                f"no pass@k of {node.name}: it returned {position} of {prompts * self._samples} samples, and neither "
+                f"`{PROMPT_UID}` nor `{UID}` tells which belong to one prompt; keep one of these columns"
+            )
+            return None
+        tally = Tally(prompts)
+        for rewards, passed in groups.values():
+            tally.add(rewards, passed)
+        return tally
+
+    def _prompts(self, part: Batch, position: int) -> list[Any]:
+        """Tell per sample which prompt it belongs to."""
+        size = len(next(iter(part.values())))
+        if PROMPT_UID in part:
+            return [_plain(uid) for uid in part[PROMPT_UID]]
+        if UID in part:
+            return [int(uid) // self._samples for uid in part[UID]]
+        return [(position + i) // self._samples for i in range(size)]
+
+
+def _holds_rewards(name: str) -> bool:
+    """Tell whether a column is `rewards`, or `<namespace>/rewards`."""
+    namespace, _, last = name.rpartition("/")
+    return last == REWARDS and "/" not in namespace and namespace != REWARDS
+
+
+def _is_numeric(column: Any) -> bool:
+    if hasattr(column, "dim"):
+        return column.dim() == 1 and not column.is_complex()
+    return all(is_number(value) for value in cast("list[Any]", column))
+
+
+def _passed(column: Any, threshold: float) -> list[bool]:
+    """Compare in the column's own precision: the float32 nearest to 0.9 has reached 0.9."""
+    if hasattr(column, "dim"):
+        return (column >= threshold).tolist()
+    return [bool(value >= threshold) for value in column]
+
+
+def _plain(uid: Any) -> Any:
+    value = uid.item() if hasattr(uid, "item") else uid
+    return value if isinstance(value, int | str) else str(value)
