@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +11,7 @@ from chatlearn.config import active
 from chatlearn.data.prompts import Source
 from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import EngineError
-from chatlearn.executors import Environment, Evaluator, Trainer
+from chatlearn.executors import Datasets, Environment, Evaluator, Trainer
 from chatlearn.inspection import intercept
 from chatlearn.module import BaseModule
 from chatlearn.program import Program, SyncPair, raise_problems
@@ -97,8 +96,8 @@ class Engine:
         """Run episodes over `dataset`: a list, a torch or Hugging Face dataset, or a path."""
         return self.set_multiple_datasets([dataset])
 
-    def set_multiple_datasets(self, datasets: Sequence[Source]) -> Self:
-        """Run episodes over several datasets, taken in turn by `runtime.data_ratio`."""
+    def set_multiple_datasets(self, datasets: Datasets) -> Self:
+        """Run episodes over several datasets, a list or a mapping of names, in turn by `runtime.data_ratio`."""
         owner = self.environment or self.trainer
         if owner is None:
             raise EngineError(

@@ -7,13 +7,12 @@ Each takes modules, yours or ours, and pairs its trainers with the modules they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 from chatlearn.data.prompts import Source
 from chatlearn.engine import Engine
 from chatlearn.errors import EngineError
-from chatlearn.executors import Environment, Evaluator, PostProcess, Trainer
+from chatlearn.executors import Datasets, Environment, Evaluator, PostProcess, Trainer
 from chatlearn.flow.trace import Flow
 from chatlearn.models.advantage import GroupAdvantage
 from chatlearn.models.policy_trainer import PolicyTrainer
@@ -151,8 +150,8 @@ class EvalEngine:
         self.evaluator.set_dataset(dataset)
         return self
 
-    def set_multiple_datasets(self, datasets: Sequence[Source]) -> Self:
-        """Evaluate on several datasets, one after the other."""
+    def set_multiple_datasets(self, datasets: Datasets) -> Self:
+        """Evaluate on several datasets, a list or a mapping of names, one after the other."""
         self.evaluator.set_multiple_datasets(datasets)
         return self
 
@@ -160,6 +159,11 @@ class EvalEngine:
         """Call `function(results, info)` after every evaluation."""
         self.evaluator.set_post_process_func(function)
         return self
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the last evaluation measured."""
+        return self.evaluator.metrics
 
     def eval(self) -> Results:
         """Evaluate now and return `{model_name: [batch, ...]}`."""
