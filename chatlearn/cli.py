@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -18,12 +18,11 @@ from chatlearn import __version__
 from chatlearn.errors import ChatLearnError, ConfigError, FlowError, ModuleError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from rich.console import Console
 
     from chatlearn.config import Config
     from chatlearn.flow.graph import FlowGraph
-    from chatlearn.module import BaseModule
+    from chatlearn.program import Program
 
 app = typer.Typer(
     help="Post-train language models by reinforcement learning, written as three plain functions.",
@@ -38,35 +37,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="For example runtime.num_episode=3."),
 ]
-
-
-class Checked(Protocol):
-    """What the `check()` of an engine or an evaluator found, without loading weights."""
-
-    @property
-    def graphs(self) -> Mapping[str, FlowGraph]:
-        """The traced flows by name."""
-        ...
-
-    @property
-    def modules(self) -> Sequence[BaseModule]:
-        """The modules of all flows."""
-        ...
-
-    @property
-    def dataset_size(self) -> int | None:
-        """Prompts of the dataset, if it has a length."""
-        ...
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What is no mistake, but may surprise."""
-        ...
-
-    @property
-    def problems(self) -> Sequence[ChatLearnError]:
-        """What would stop a run."""
-        ...
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,14 +67,15 @@ def run(context: typer.Context, target: Target, overrides: Overrides = None) -> 
 def check(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
     """Trace the flows and validate everything, without loading weights."""
     with _command(target, overrides) as script:
-        checked: Checked = _inspect(script, context.obj or (), _check)
+        program: Program = _inspect(script, context.obj or (), _check)
         out = _console()
-        for name, graph in checked.graphs.items():
+        for name, graph in program.graphs.items():
             calls = " -> ".join(node.name for node in graph.nodes)
             out.print(f"{name}: {calls}", markup=False, highlight=False, soft_wrap=True)
-        _stop_at(checked.problems)
-        _print_arithmetic(checked)
-        for note in checked.notes:
+        _stop_at(program.problems)
+        if program.data_owner is not None:  # evaluation alone has no episodes
+            typer.echo(program.run_plan().describe())
+        for note in program.notes:
             out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         out.print("everything fits together", style="green")
 
@@ -120,24 +91,24 @@ def graph(
 ) -> None:
     """Draw the flows in the terminal; write them as Mermaid and SVG."""
     with _command(target, overrides) as script:
-        checked: Checked = _inspect(script, context.obj or (), _check)
+        program: Program = _inspect(script, context.obj or (), _check)
         written: list[Path] = []
-        for name, flow in checked.graphs.items():
-            written += _draw(name, flow, checked.graphs, out)
+        for name, flow in program.graphs.items():
+            written += _draw(name, flow, program.graphs, out)
         if written:
             typer.echo(f"wrote {', '.join(map(str, written))}")
-        _stop_at([problem for problem in checked.problems if isinstance(problem, FlowError)])
+        _stop_at([problem for problem in program.problems if isinstance(problem, FlowError)])
 
 
 @app.command()
 def explain(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
-    """Print the arithmetic of the episodes and who set each value."""
+    """Print the arithmetic of the episodes, what runs when, and who set each value."""
     with _command(target, overrides) as script:
-        checked: Checked = _inspect(script, context.obj or (), _check)
-        if not checked.problems:
-            _print_arithmetic(checked)
-        _print_values(checked.modules)
-        _stop_at(checked.problems)
+        program: Program = _inspect(script, context.obj or (), _check)
+        from chatlearn.explain import print_explanation
+
+        print_explanation(program, _console())
+        _stop_at(program.problems)
 
 
 @app.command("eval")
@@ -233,7 +204,7 @@ def _inspect(script: Path, arguments: Sequence[str], action: Callable[[Any], Any
     )
 
 
-def _check(subject: Any) -> Checked:
+def _check(subject: Any) -> Program:
     return subject.check()
 
 
@@ -309,38 +280,6 @@ def _stop_at(problems: Sequence[ChatLearnError]) -> None:
         _print_error(problem)
     if problems:
         raise typer.Exit(1)
-
-
-def _print_arithmetic(checked: Checked) -> None:
-    from chatlearn.arithmetic import run_plan
-    from chatlearn.config import active
-
-    if not {"env_flow", "trainer_flow"}.intersection(checked.graphs):
-        return  # evaluation alone has no episodes
-    typer.echo(run_plan(active().runtime, checked.dataset_size).describe())
-
-
-def _print_values(modules: Sequence[BaseModule]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from chatlearn.config import active, plain
-
-    config = active()
-    sections: dict[str, BaseModel] = {"runtime": config.runtime}
-    for module in modules:
-        # A module whose configuration is refused stands among the problems already.
-        with suppress(ConfigError):
-            sections[f"models.{module.name}"] = module.config
-    table = Table("key", "value", "set by", box=None, pad_edge=False, header_style="bold")
-    for section, values in sections.items():
-        for field in type(values).model_fields:
-            key = f"{section}.{field}"
-            origin = config.provenance(key)
-            value = Text(str(plain(getattr(values, field))), overflow="fold")
-            style = "dim" if origin == "default" else ""
-            table.add_row(Text(key, overflow="fold"), value, Text(origin), style=style)
-    _console().print(table)
 
 
 def _draw(name: str, graph: FlowGraph, graphs: Mapping[str, FlowGraph], folder: Path) -> list[Path]:

@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from chatlearn.arithmetic import check_updates
 from chatlearn.config import Config
 from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowError, OutputError
 from chatlearn.flow.trace import check_names
 from chatlearn.module import resolve_config, resolved_config
 from chatlearn.program import Executor, Program, SyncPair
-from chatlearn.program_checks import check_data, check_placement, check_syncs
+from chatlearn.program_checks import check_data, check_placement, check_replay, check_syncs
+from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
 from chatlearn.runtime.flow_run import FlowRun
 from chatlearn.runtime.protocol import node_specs
 
@@ -28,12 +30,20 @@ def compile_program(
 ) -> Program:
     """Trace and validate flows; what is wrong stands in `problems`, all of it at once."""
     program = Program(config, environment, trainer, evaluator, sync_pairs, replay_sampler)
-    for check in (_trace, _check_modules, _check_backend, check_syncs, check_data, _check_places):
+    for check in (
+        _trace,
+        _check_modules,
+        _check_backend,
+        check_syncs,
+        check_data,
+        check_replay,
+        _check_places,
+        _check_arithmetic,
+    ):
         _collect(program, check)
-    _collect(program, _check_arithmetic)
     if not program.problems:  # what needs a module's configuration, or whole graphs
-        _collect(program, _check_graphs)
-        _collect(program, check_placement)
+        for check in (_check_graphs, check_placement, note_what_is_idle, note_what_may_surprise):
+            _collect(program, check)
     return program
 
 
@@ -85,13 +95,6 @@ def _check_backend(program: Program) -> None:
             place=program.place_of("runtime.backend"),
             fix="use runtime.backend=local",
         )
-    for key in ("max_replay_episode", "replay_episode_offset"):
-        if getattr(program.config.runtime, key):
-            raise ConfigError(
-                f"runtime.{key} is not available in this version: episodes are not replayed",
-                place=program.place_of(f"runtime.{key}"),
-                fix="take it out",
-            )
     if program.config.runtime.max_staleness:
         raise ConfigError(
             "runtime.max_staleness is not available in this version: in one process samples are never stale",
@@ -143,5 +146,9 @@ def _check_graphs(program: Program) -> None:
 
 
 def _check_arithmetic(program: Program) -> None:
-    if program.data_owner is not None and program.dataset_size is not None:
-        program.plan()
+    if program.data_owner is None or program.dataset_size is None:
+        return
+    program.plan()
+    if program.trainer is not None and program.replay_sampler is None:
+        place = program.place_of("runtime.train_global_batch_size")
+        check_updates(program.config.runtime, program.dataset_size, place)

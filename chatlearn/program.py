@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Protocol
 
-from chatlearn.arithmetic import EpisodePlan, episode_plan
+from chatlearn.arithmetic import EpisodePlan, RunPlan, episode_plan, run_plan
 from chatlearn.config import Config, ModuleConfig
 from chatlearn.data.prompts import Rows, Source
 from chatlearn.data.replay import ReplaySampler
@@ -21,6 +22,7 @@ class Executor(Protocol):
 
     flow_name: ClassVar[str]
     sources: list[Source]
+    names: list[str]
 
     def trace(self) -> FlowGraph:
         """Return the flow's graph."""
@@ -57,6 +59,13 @@ class Program:
         return self.environment or self.trainer
 
     @property
+    def first_module(self) -> BaseModule | None:
+        """The module that is asked for the training datasets; None where no flow could be traced."""
+        owner = self.data_owner
+        graph = self.graphs.get(owner.flow_name) if owner is not None else None
+        return graph.nodes[0].module if graph is not None else None
+
+    @property
     def training_rows(self) -> list[Rows]:
         """The datasets that episodes walk through."""
         return self.data_owner.rows() if self.data_owner is not None else []
@@ -86,6 +95,17 @@ class Program:
         """Return the arithmetic of an episode over `dataset_size` rows (of the given dataset, if None)."""
         return episode_plan(self.config.runtime, dataset_size or self.dataset_size)
 
+    def run_plan(self) -> RunPlan:
+        """Return the arithmetic of the whole run, as far as it is known before it."""
+        size, several = self.dataset_size, len(self.training_rows) > 1
+        plan = run_plan(
+            self.config.runtime,
+            size,
+            trains="trainer_flow" in self.graphs,
+            chooses=self.replay_sampler is not None,
+        )
+        return replace(plan, dataset_size=None) if several else plan
+
 
 def raise_problems(problems: Sequence[ChatLearnError]) -> None:
     """Raise what was found: the only problem as it is, several as one error that lists them all."""
@@ -96,3 +116,10 @@ def raise_problems(problems: Sequence[ChatLearnError]) -> None:
         raise first
     numbered = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
     raise type(first)(f"{len(problems)} problems:\n{numbered}") from first
+
+
+def name_of(executor: Executor, number: int) -> str:
+    """Name one of an executor's datasets in messages: its path, unless it has another name."""
+    source, name = executor.sources[number], executor.names[number]
+    is_path = isinstance(source, str | Path) and Path(source).stem == name
+    return str(source) if is_path else name

@@ -48,12 +48,14 @@ class PromptSampler:
         quotas = list(ratio or [1] * len(sizes))
         if len(quotas) != len(sizes):
             raise ConfigError(
-                f"runtime.data_ratio has {len(quotas)} numbers for {len(sizes)} datasets",
+                f"runtime.data_ratio has {_count(len(quotas), 'number')} for {_count(len(sizes), 'dataset')}",
+                place="runtime.data_ratio",
                 fix="give one positive number per dataset of set_multiple_datasets",
             )
         self._sizes = list(sizes)
         self._turn = [dataset for dataset, quota in enumerate(quotas) for _ in range(quota)]
         self._quotas = quotas
+        self._firsts = [sum(quotas[:dataset]) for dataset in range(len(quotas))]
         self._shuffle = shuffle
         self._seed = seed
         self._orders: dict[int, tuple[int, list[int]]] = {}
@@ -65,11 +67,22 @@ class PromptSampler:
         self.drawn += count
         return draws
 
+    def taken(self, start: int, count: int) -> list[int]:
+        """Count, per dataset, the prompts among the `count` ones after the first `start`."""
+        return [
+            self._before(start + count, dataset) - self._before(start, dataset)
+            for dataset in range(len(self._sizes))
+        ]
+
+    def _before(self, index: int, dataset: int) -> int:
+        """Count the prompts of `dataset` before prompt `index`."""
+        turns, within = divmod(index, len(self._turn))
+        quota = self._quotas[dataset]
+        return turns * quota + min(max(within - self._firsts[dataset], 0), quota)
+
     def _at(self, index: int) -> Draw:
-        rounds, within = divmod(index, len(self._turn))
-        dataset = self._turn[within]
-        nth = rounds * self._quotas[dataset] + within - self._turn.index(dataset)
-        cycle, position = divmod(nth, self._sizes[dataset])
+        dataset = self._turn[index % len(self._turn)]
+        cycle, position = divmod(self._before(index, dataset), self._sizes[dataset])
         return Draw(dataset, self._row(dataset, cycle, position))
 
     def _row(self, dataset: int, cycle: int, position: int) -> int:
@@ -81,3 +94,7 @@ class PromptSampler:
             random.Random(f"{self._seed}/{dataset}/{cycle}").shuffle(order)
             known = self._orders[dataset] = (cycle, order)
         return known[1][position]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

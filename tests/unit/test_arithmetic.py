@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatlearn.arithmetic import episode_plan, run_plan
+from chatlearn.arithmetic import (
+    check_updates,
+    episode_plan,
+    episodes_trained_on,
+    is_due,
+    run_plan,
+    times_due,
+    train_plan,
+)
 from chatlearn.config import RuntimeConfig
 from chatlearn.errors import ConfigError, DataError
 
@@ -45,21 +53,16 @@ def test_episode(
     rest: int,
 ) -> None:
     plan = episode_plan(RuntimeConfig(**runtime), dataset)
-    assert (plan.prompts, plan.samples, plan.steps_per_pass) == (prompts, samples, steps)
-    assert (plan.step_samples, plan.micro_batch_size, plan.micro_batches) == (step, micro, micros)
-    assert plan.rest == rest
-
-
-def test_generation_calls() -> None:
-    assert episode_plan(RuntimeConfig(), 10).generation_calls == 1
-    plan = episode_plan(RuntimeConfig(generation_batch_size=4), 10)
-    assert (plan.generation_batch_size, plan.generation_calls) == (4, 3)
+    training = plan.training
+    assert (plan.prompts, plan.samples, training.steps_per_pass) == (prompts, samples, steps)
+    assert (training.step_samples, training.micro_batch_size) == (step, micro)
+    assert (training.micro_batches, training.rest) == (micros, rest)
 
 
 def test_step_sizes() -> None:
     def sizes(policy: str) -> list[int]:
         runtime = RuntimeConfig(train_global_batch_size=4, incomplete_step=policy)  # type: ignore[arg-type]
-        return episode_plan(runtime, 10).step_sizes()
+        return episode_plan(runtime, 10).training.step_sizes()
 
     assert sizes("fill") == [4, 4, 4]
     assert sizes("drop_last") == [4, 4]
@@ -110,8 +113,8 @@ def test_run() -> None:
             },
             None,
             "1 episode = 10 samples = 2 passes x 2 updates x 3 micro-batches of 3 (the last of 2)\n"
-            "the last update of a pass has 2 samples left and is filled up with the episode's"
-            " first 6 (incomplete_step: fill)\n"
+            "the last update of a pass has 2 samples left and is filled up with the first 6 samples, which"
+            " count twice in the gradient of each pass (incomplete_step: fill)\n"
             "1 run = 1 episode = 10 samples = 4 updates",
         ),
     ],
@@ -126,6 +129,7 @@ def test_describe(runtime: dict[str, Any], dataset: int | None, text: str) -> No
     [
         ("drop_last", "the last 2 samples of a pass are not trained on"),
         ("keep", "has only 2 samples"),
+        ("fill", "filled up with the first 2 samples, which count twice in the gradient"),
     ],
 )
 def test_describe_says_what_becomes_of_a_rest(policy: Any, text: str) -> None:
@@ -140,8 +144,20 @@ def test_what_cannot_work_is_refused() -> None:
         episode_plan(RuntimeConfig(sample_per_episode=4), 0)
     with pytest.raises(ConfigError, match=r"set runtime\.sample_per_episode"):
         episode_plan(RuntimeConfig(), None)
-    with pytest.raises(ConfigError, match="no update is ever full"):
-        episode_plan(RuntimeConfig(train_global_batch_size=8, incomplete_step="drop_last"), 4)
+    dropping = RuntimeConfig(train_global_batch_size=8, incomplete_step="drop_last")
+    with pytest.raises(ConfigError, match="no update is ever full") as raised:
+        check_updates(dropping, 4, "grpo.yaml:3 runtime.train_global_batch_size")
+    assert raised.value.place == "grpo.yaml:3 runtime.train_global_batch_size"
+
+
+def test_replayed_episodes_may_make_the_update_that_one_is_too_small_for() -> None:
+    def runtime(**more: int) -> RuntimeConfig:
+        return RuntimeConfig(train_global_batch_size=8, incomplete_step="drop_last", **more)  # type: ignore[arg-type]
+
+    check_updates(runtime(num_episode=2, max_replay_episode=2), 4, "")
+    for too_few in ({"num_episode": 1}, {"num_episode": 2, "replay_episode_offset": 1}):
+        with pytest.raises(ConfigError, match="no update is ever full"):
+            check_updates(runtime(max_replay_episode=2, **too_few), 4, "")
 
 
 @given(
@@ -156,9 +172,67 @@ def test_the_parts_add_up(samples: int, step: int | None, micro: int | None, pol
     runtime = RuntimeConfig(
         train_global_batch_size=step, train_micro_batch_size=micro, incomplete_step=policy
     )
-    plan = episode_plan(runtime, samples)
+    plan = episode_plan(runtime, samples).training
     trained = sum(plan.step_sizes())
     assert trained == samples if policy == "keep" else trained - samples < plan.step_samples
     assert trained >= samples
     full = (plan.micro_batches - 1) * plan.micro_batch_size
     assert full < plan.step_samples <= full + plan.micro_batch_size
+
+
+@pytest.mark.parametrize(
+    ("samples", "step", "text"),
+    [
+        (10, 11, "filled up with the first 1 sample, which counts twice"),
+        (10, 20, "which count twice"),
+        (10, 64, "each counts 6 or 7 times"),
+        (10, 60, "each counts 6 times"),
+        (10, 7, "has 3 samples left and is filled up with the first 4 samples, which count twice"),
+    ],
+)
+def test_describe_says_how_often_samples_count(samples: int, step: int, text: str) -> None:
+    plan = train_plan(RuntimeConfig(train_global_batch_size=step), samples)
+    assert text in (plan.describe_rest() if plan.rest else "")
+
+
+def test_what_nobody_trains_has_no_updates() -> None:
+    runtime = RuntimeConfig(num_episode=2, train_global_batch_size=4)
+    assert run_plan(runtime, 10, trains=False).describe_episodes() == (
+        "1 episode = 10 samples\n1 run = 2 episodes = 20 samples"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kept", "offset", "lengths"),
+    [
+        (0, 0, [1, 1, 1, 1]),
+        (1, 0, [1, 1, 1, 1]),
+        (2, 0, [1, 2, 2, 2]),
+        (2, 2, [1, 1, 1, 2]),
+        (-1, 0, [1, 2, 3, 4]),
+        (-1, 1, [1, 1, 2, 3]),
+        (3, 9, [1, 1, 1, 1]),
+    ],
+)
+def test_replay(kept: int, offset: int, lengths: list[int]) -> None:
+    runtime = RuntimeConfig(
+        num_episode=4,
+        max_replay_episode=kept,
+        replay_episode_offset=offset,
+        train_global_batch_size=3,
+    )
+    assert [episodes_trained_on(runtime, episode) for episode in range(4)] == lengths
+    plan = run_plan(runtime, 5)
+    assert plan.updates == sum(-(-5 * length // 3) for length in lengths)
+    assert run_plan(runtime, 5, chooses=True).updates is None
+    if kept:  # the updates of one episode alone would mislead
+        assert plan.describe_episodes() == (
+            f"1 episode = 5 samples\n1 run = 4 episodes = 20 samples = {plan.updates} updates"
+        )
+
+
+@given(st.integers(0, 50), st.none() | st.integers(1, 60))
+def test_what_is_due(episodes: int, interval: int | None) -> None:
+    due = [done for done in range(1, episodes + 1) if is_due(done, interval)]
+    assert times_due(episodes, interval) == len(due)
+    assert all(interval and done % interval == 0 for done in due)

@@ -36,7 +36,7 @@ class StandIn:
         )
         return SimpleNamespace(
             graphs={"env_flow": FlowGraph("env_flow", nodes, (len(nodes) - 1,))},
-            modules=self.modules, dataset_size=64, problems=self.problems, notes=['a note'])
+            modules=self.modules, data_owner=None, problems=self.problems, notes=['a note'])
     def learn(self):
         intercept(self)
         print("learning", active().runtime.num_episode, active().runtime.seed)
@@ -165,10 +165,10 @@ def test_other_errors_of_the_script_look_as_in_python(cli: Cli, script: Script) 
 
 def test_check_says_what_fits(cli: Cli, script: Script) -> None:
     path = script("StandIn('policy', 'reward').learn()\nprint('went on')")
-    code, out, err = cli("check", path, "runtime.num_inference_per_prompt=2")
+    code, out, err = cli("check", path)
     assert (code, err) == (0, "")
     assert "env_flow: policy.forward_step -> reward.forward_step" in out
-    assert "1 episode = 64 prompts x 2 = 128 samples" in out
+    assert "note: a note" in out
     assert "went on" not in out
 
 
@@ -226,19 +226,6 @@ def test_graph_into_a_file_is_refused(cli: Cli, script: Script) -> None:
     code, _, err = cli("graph", script("StandIn('policy').learn()"), "--out", "train.py")
     assert code == 1
     assert "cannot write the drawings" in err
-
-
-def test_explain_tells_who_set_each_value(cli: Cli, script: Script) -> None:
-    Path("a.yaml").write_text("script: train.py\nmodels:\n  policy: {num_gpu: 1}\n")
-    script("engine = StandIn()\nengine.modules = [BaseModule('policy', num_cpu=2)]\nengine.learn()")
-    code, out, _ = cli("explain", "a.yaml", "runtime.sample_per_episode=32")
-    assert code == 0
-    assert "1 episode = 32 samples = 1 update x 1 micro-batch of 32" in out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
-    assert rows["runtime.sample_per_episode"] == ["32", "command", "line"]
-    assert rows["runtime.seed"] == ["0", "default"]
-    assert rows["models.policy.num_gpu"] == ["1.0", "a.yaml:3"]
-    assert rows["models.policy.num_cpu"] == ["2.0", "code"]
 
 
 def test_eval_evaluates_instead_of_learning(cli: Cli, script: Script) -> None:
@@ -320,12 +307,14 @@ REAL = """
 
 
 def test_the_real_engine_is_checked_without_setup(cli: Cli, script: Script) -> None:
-    code, out, err = cli("check", script(REAL))
+    code, out, err = cli("check", script(REAL), "runtime.num_inference_per_prompt=2")
     assert (code, err) == (0, "")
     assert "env_flow: policy.forward_step" in out
     assert "trainer_flow: learner.train_step" in out
     assert "eval_flow: policy.eval_step" in out
-    assert "1 episode = 4 samples" in out
+    assert "1 episode = 4 prompts x 2 = 8 samples = 1 update x 1 micro-batch of 8\n" in out
+    assert "1 run = 1 episode = 8 samples = 1 update\n" in out
+    assert "4 prompts = 1 pass over a dataset of 4\n" in out
     assert "SETUP" not in out
 
 
@@ -334,6 +323,30 @@ def test_the_real_engine_draws_three_flows(cli: Cli, script: Script) -> None:
     drawn = {path.name for path in Path("drawn").iterdir()}
     flows = ("env_flow", "trainer_flow", "eval_flow")
     assert drawn == {f"{flow}.{kind}" for flow in flows for kind in ("mmd", "svg")}
+
+
+def test_explain_tells_who_set_each_value(cli: Cli, script: Script) -> None:
+    Path("a.yaml").write_text("script: train.py\nmodels:\n  policy: {num_gpu: 1}\n")
+    script(REAL.replace('Length("policy")', 'Length("policy", num_cpu=2)'))
+    code, out, _ = cli("explain", "a.yaml", "runtime.sample_per_episode=32")
+    assert code == 0
+    assert out.startswith("1 episode = 32 samples = 1 update x 1 micro-batch of 32\n")
+    assert "SETUP" not in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert rows["runtime.sample_per_episode"] == ["32", "command", "line"]
+    assert rows["runtime.seed"] == ["0", "default"]
+    assert rows["models.policy.num_gpu"] == ["1.0", "a.yaml:3"]
+    assert rows["models.policy.num_cpu"] == ["2.0", "code"]
+
+
+def test_explain_of_a_wrong_program_shows_its_values_and_what_is_wrong(
+    cli: Cli, script: Script
+) -> None:
+    code, out, err = cli("explain", script(REAL), "runtime.replay_episode_offset=3")
+    assert code == 1
+    assert out.startswith("key")
+    assert "runtime.replay_episode_offset" in out
+    assert "error: runtime.replay_episode_offset=3 has no effect" in err
 
 
 def test_the_real_engine_explains_and_refuses_unknown_modules(cli: Cli, script: Script) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +63,19 @@ def evaluated() -> Evaluator:
     return Evaluator(lambda batch: Module("e").forward_step(batch))
 
 
-M, T = Module("m"), Module("t")
+def trainers(*modules: BaseModule) -> Trainer:
+    def trainer_flow(batch: Any) -> None:
+        for module in modules:
+            module.train_step(batch)  # type: ignore[attr-defined]
+
+    return Trainer(trainer_flow)
+
+
+def newest(buffers: Any) -> Any:
+    return buffers[-1].samples
+
+
+M, T, U = Module("m"), Module("t"), Module("u")
 
 WRONG: dict[str, tuple[dict[str, Any], Callable[[], Engine], type[ChatLearnError], str]] = {
     "no flow": ({}, Engine, FlowError, "has no flow"),
@@ -133,13 +146,14 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[], Engine], type[ChatLearnError
         {"runtime": {"data_ratio": [1, 2]}},
         lambda: engine(env()),
         ConfigError,
-        "2 numbers for 1 dataset",
+        "2 numbers for 1 dataset\n  at: code runtime.data_ratio\n  fix: give one positive number",
     ),
     "no full update": (
         {"runtime": {"train_global_batch_size": 9, "incomplete_step": "drop_last"}},
         lambda: engine(env(), trainer()),
         ConfigError,
-        "no update is ever full",
+        "no update is ever full: train_global_batch_size=9 exceeds the episode's 1 samples, and incomplete_step is "
+        "'drop_last'\n  at: code runtime.train_global_batch_size",
     ),
     "another backend": (
         {"runtime": {"backend": "ray"}},
@@ -147,11 +161,43 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[], Engine], type[ChatLearnError
         ConfigError,
         "not available in this version",
     ),
-    "replay": (
-        {"runtime": {"max_replay_episode": -1}},
+    "a replay sampler that is never asked": (
+        {},
+        lambda: engine(env(), trainer()).set_replay_sampler(newest),
+        ConfigError,
+        "the replay sampler newest",
+    ),
+    "a replay offset without replay": (
+        {"runtime": {"replay_episode_offset": 3}},
         lambda: engine(env(), trainer()),
         ConfigError,
-        "not available in this version",
+        "replay_episode_offset=3 has no effect: no episodes are kept\n  at: code runtime.replay_episode_offset",
+    ),
+    "two syncs into one module": (
+        {},
+        lambda: engine(env(M), trainers(T, U)).set_parameter_sync(T, M).set_parameter_sync(U, M),
+        FlowError,
+        "2 modules sync into 'm', which would keep the weights of the last only: t -> m; u -> m",
+    ),
+    "syncs in a circle": (
+        {},
+        lambda: (
+            engine(env(M), trainers(T, U))
+            .set_parameter_sync(T, U)
+            .set_parameter_sync(U, M)
+            .set_parameter_sync(M, T)
+        ),
+        FlowError,
+        "go in a circle",
+    ),
+    "datasets of different columns": (
+        {},
+        lambda: Engine(env()).set_multiple_datasets(
+            [[{"prompt": "p", "answer": 1, "level": 2}], ["p"], [{"prompt": "p", "level": 1}]]
+        ),
+        DataError,
+        "dataset_0 and dataset_1 have different columns, but their rows share micro-batches: "
+        "only dataset_0 has 'answer', 'level'",
     ),
     "inputs on both sides of a filter": (
         {},
@@ -174,11 +220,11 @@ def test_wrong_programs_are_refused_before_setup(case: str) -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    chatlearn.init({"runtime": {"max_replay_episode": 2}, "models": {"m": {"num_gpus": 1}}})
+    chatlearn.init({"runtime": {"backend": "ray"}, "models": {"m": {"num_gpus": 1}}})
     wrong = Engine(env(M), trainer()).set_parameter_sync(Module("other"), M)
     problems = [str(problem) for problem in wrong.check().problems]
     assert len(problems) == 4
-    for what in ("num_gpus", "max_replay_episode", "stands in no flow", "no dataset"):
+    for what in ("num_gpus", "backend", "stands in no flow", "no dataset"):
         assert sum(what in problem for problem in problems) == 1
     with pytest.raises(ChatLearnError, match=r"4 problems:\n1\. "):
         wrong.learn()
@@ -195,11 +241,11 @@ def test_setters_refuse_the_wrong_kind() -> None:
         Engine().set_dataset(["p"])
     with pytest.raises(DataError, match="non-empty list of datasets"):
         env().set_multiple_datasets("data.jsonl")  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="takes a function"):
+    with pytest.raises(EngineError, match="takes a plain function"):
         evaluated().set_post_process_func(3)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="no evaluator"):
         engine(env()).eval()
-    with pytest.raises(EngineError, match="an evaluation flow, or an Evaluator"):
+    with pytest.raises(EngineError, match="an evaluation flow or an Evaluator"):
         EvalEngine()
 
 
@@ -209,3 +255,29 @@ def test_a_right_program_has_no_problems_and_sets_nothing_up() -> None:
     assert [module.name for module in program.modules] == ["m", "t", "e"]
     assert program.graphs.keys() == {"env_flow", "trainer_flow", "eval_flow"}
     assert program.plan().samples == 1
+
+
+def test_datasets_in_files_are_named_by_their_path(tmp_path: Path) -> None:
+    (tmp_path / "easy.jsonl").write_text('{"prompt": "p", "answer": "1"}\n')
+    (tmp_path / "hard.jsonl").write_text('{"prompt": "p", "level": 3}\n')
+    made = Engine(env()).set_multiple_datasets(["easy.jsonl", "hard.jsonl"])
+    [problem] = made.check().problems
+    assert str(problem) == (
+        "easy.jsonl and hard.jsonl have different columns, but their rows share micro-batches: "
+        "only easy.jsonl has 'answer'; only hard.jsonl has 'level'\n"
+        "  at: the datasets of env_flow\n"
+        "  fix: give both 'answer' and 'level', with None where there is no value"
+    )
+    evaluator = evaluated().set_multiple_datasets(["easy.jsonl", "hard.jsonl"])
+    assert engine(env(), None, evaluator).check().problems == []  # there they do not meet
+
+
+def test_every_problem_names_its_place_and_a_way_out() -> None:
+    chatlearn.init({"runtime": {"replay_episode_offset": 1, "data_ratio": [1, 2]}})
+    wrong = engine(env(M), trainers(T, U)).set_replay_sampler(newest)
+    wrong.set_parameter_sync(T, M).set_parameter_sync(U, M).set_parameter_sync(M, T)
+    problems = wrong.check().problems
+    assert len(problems) == 5
+    for problem in problems:
+        assert problem.place, problem
+        assert problem.fix, problem

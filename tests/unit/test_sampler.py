@@ -60,6 +60,50 @@ def test_shuffles_differ_by_pass_dataset_and_seed() -> None:
     assert Counter(one) == Counter(other)
 
 
-def test_ratio_of_another_length() -> None:
-    with pytest.raises(ConfigError, match="3 numbers for 2 datasets"):
-        PromptSampler([1, 1], ratio=[1, 1, 1])
+datasets_ = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=3)
+
+
+@given(datasets_, st.integers(0, 40), st.integers(0, 40))
+def test_taken_counts_what_is_drawn(datasets: list[tuple[int, int]], before: int, n: int) -> None:
+    sizes, ratio = zip(*datasets, strict=True)
+    sampler = PromptSampler(sizes, ratio=ratio)
+    sampler.draw(before)
+    counted = Counter(draw.dataset for draw in sampler.draw(n))
+    assert sampler.taken(before, n) == [counted[dataset] for dataset in range(len(sizes))]
+
+
+@given(datasets_, st.integers(1, 4))
+def test_every_turn_keeps_the_quotas(datasets: list[tuple[int, int]], turns: int) -> None:
+    sizes, ratio = zip(*datasets, strict=True)
+    drawn = rows(PromptSampler(sizes, ratio=ratio), turns * sum(ratio))
+    turn = [dataset for dataset, quota in enumerate(ratio) for _ in range(quota)]
+    assert [dataset for dataset, _ in drawn] == turn * turns
+
+
+@given(datasets_, st.booleans(), st.integers(0, 60))
+def test_others_do_not_change_a_dataset_s_own_order(
+    datasets: list[tuple[int, int]], shuffle: bool, n: int
+) -> None:
+    sizes, ratio = zip(*datasets, strict=True)
+    drawn = rows(PromptSampler(sizes, ratio=ratio, shuffle=shuffle, seed=4), n)
+    # the same datasets with other quotas: how fast a dataset is walked through changes, its order does not
+    other = rows(PromptSampler(sizes, ratio=ratio[::-1], shuffle=shuffle, seed=4), 3 * n + 9)
+    for dataset, size in enumerate(sizes):
+        mine, its = ([r for d, r in way if d == dataset] for way in (drawn, other))
+        assert mine[: len(its)] == its[: len(mine)]
+        if not shuffle:
+            assert mine == [i % size for i in range(len(mine))]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_dataset_shorter_than_an_episode_repeats_within_it(shuffle: bool) -> None:
+    drawn = [row for _, row in rows(PromptSampler([3], shuffle=shuffle, seed=1), 8)]
+    assert [sorted(drawn[:3]), sorted(drawn[3:6])] == [[0, 1, 2], [0, 1, 2]]
+    assert len(set(drawn[6:])) == 2
+
+
+def test_a_ratio_of_another_length_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1 number for 2 datasets") as raised:
+        PromptSampler([1, 2], ratio=[1])
+    assert raised.value.place == "runtime.data_ratio"
+    assert "one positive number per dataset" in raised.value.fix

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is no mistake in a program, but may surprise: settings that do nothing here, or more than they seem to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from chatlearn.module import resolved_config
+from chatlearn.program import Program
+
+_OF_TRAINING = (
+    "train_global_batch_size",
+    "train_micro_batch_size",
+    "num_training_epoch",
+    "incomplete_step",
+    "stream_data_loader_type",
+    "max_replay_episode",
+    "replay_episode_offset",
+)
+_OF_EVALUATION = (
+    "eval_episode_interval",
+    "enable_eval_before_training",
+    "eval_num_inference_per_prompt",
+    "eval_pass_at_k",
+    "eval_pass_threshold",
+)
+
+
+def note_what_is_idle(program: Program) -> None:
+    """Name settings that somebody made and that have no effect in this program.
+
+    A program that only evaluates reads the same file as the one that trains, so there nothing is named.
+    """
+    runtime, owner = program.config.runtime, program.data_owner
+    if owner is None:
+        return
+    if program.trainer is None:
+        _note_set(program, _OF_TRAINING, "no effect without a trainer flow")
+    if program.evaluator is None:
+        _note_set(program, _OF_EVALUATION, "no effect without an evaluator")
+    elif runtime.eval_num_inference_per_prompt == 1 and not runtime.eval_pass_at_k:
+        why = "no effect while runtime.eval_num_inference_per_prompt is 1"
+        _note_set(program, ("eval_pass_threshold",), why)
+    if (
+        program.evaluator is not None
+        and runtime.num_episode
+        and runtime.eval_episode_interval > runtime.num_episode
+        and not runtime.enable_eval_before_training
+    ):
+        program.notes.append(
+            f"the evaluator is never asked: runtime.eval_episode_interval={runtime.eval_episode_interval} exceeds "
+            f"runtime.num_episode={runtime.num_episode}"
+        )
+    if len(owner.sources) == 1:
+        _note_set(program, ("data_ratio",), "no effect with one dataset")
+    if runtime.train_global_batch_size is None and program.trainer is not None:
+        if runtime.stream_data_loader_type == "dynamic":
+            program.notes.append(
+                "runtime.stream_data_loader_type=dynamic: no effect without runtime.train_global_batch_size, "
+                "since one update takes the whole episode"
+            )
+        _note_set(
+            program,
+            ("incomplete_step",),
+            "no effect without runtime.train_global_batch_size, since no sample is left over",
+        )
+    _note_idle_modules(program)
+
+
+def _note_set(program: Program, names: Iterable[str], why: str) -> None:
+    keys = [key for name in names if program.is_set(key := f"runtime.{name}")]
+    if keys:
+        program.notes.append(f"{', '.join(keys)}: {why}")
+
+
+def _note_idle_modules(program: Program) -> None:
+    receivers = [destination for _, destination in program.sync_pairs]
+    for module in program.modules:
+        key = f"models.{module.name}.sync_frequency"
+        if program.is_set(key) and module not in receivers:
+            program.notes.append(
+                f"{key}: no effect, since no parameter sync leads into {module.name}"
+            )
+        key = f"models.{module.name}.generation_batch_size"
+        if program.is_set(key) and module.batch_by == "episode":
+            program.notes.append(
+                f"{key}: no effect, since {module.name} takes the whole episode at once"
+            )
+
+
+def note_what_may_surprise(program: Program) -> None:
+    """Name what settings do beyond what they seem to."""
+    _note_groups(program)
+    _note_replay(program)
+    trainer = program.graphs.get("trainer_flow")
+    trained = trainer.modules if trainer else []
+    for source, destination in program.sync_pairs:
+        if destination in trained:
+            program.notes.append(
+                f"{destination.name} is trained itself, and every sync from {source.name} overwrites what it learned"
+            )
+
+
+def _note_groups(program: Program) -> None:
+    runtime = program.config.runtime
+    grouped = [module for module in program.modules if module.batch_by == "group"]
+    if grouped and runtime.num_inference_per_prompt == 1:
+        program.notes.append(
+            f"{', '.join(module.name for module in grouped)} compares the samples of a prompt, but every prompt has "
+            "one sample: set runtime.num_inference_per_prompt, e.g. to 8"
+        )
+    graph = program.graphs.get("env_flow")
+    sampling = graph.modules if graph else []
+    for module in grouped:
+        size = resolved_config(module).generation_batch_size or runtime.generation_batch_size
+        if module in sampling and size is not None and size < runtime.num_inference_per_prompt:
+            program.notes.append(
+                f"{module.name} is called with {runtime.num_inference_per_prompt} samples, not "
+                f"{size} (generation_batch_size): a group is never cut"
+            )
+
+
+def _note_replay(program: Program) -> None:
+    runtime = program.config.runtime
+    kept, offset = runtime.max_replay_episode, runtime.replay_episode_offset
+    if kept == 0 or program.trainer is None:
+        return
+    if runtime.num_episode and offset >= runtime.num_episode:
+        program.notes.append(
+            f"replay never begins: runtime.replay_episode_offset={offset}, and there are "
+            f"{runtime.num_episode} episodes"
+        )
+        return
+    if kept == 1 and program.replay_sampler is None:
+        program.notes.append(
+            "runtime.max_replay_episode=1 keeps only the episode that is trained on anyway: give more, or choose "
+            "samples with engine.set_replay_sampler(fn)"
+        )
+    if kept == -1:
+        program.notes.append(
+            "runtime.max_replay_episode=-1: memory and checkpoints grow with every episode"
+        )
+    if runtime.stream_data_loader_type == "dynamic" and runtime.train_global_batch_size:
+        since = f" from episode {offset + 1} on" if offset else ""
+        program.notes.append(
+            f"runtime.stream_data_loader_type=dynamic: with replay, training waits for the end of an episode{since}"
+        )
