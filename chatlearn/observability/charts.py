@@ -119,7 +119,7 @@ def y_range(values: Sequence[float], title: str = "") -> tuple[float, float, boo
         p2, p98 = ordered[len(ordered) // 50], ordered[-1 - len(ordered) // 50]
         if high - p98 > 4 * (p98 - p2) > 0:
             high, cut = p98 + 0.5 * (p98 - p2), True
-    if "accuracy" in title and low >= 0 and high <= 1:
+    if ("accuracy" in title or "pass@" in title) and low >= 0 and high <= 1:
         return 0.0, 1.0, False
     if low >= 0 and low < 0.5 * high:
         low = 0.0

@@ -101,8 +101,8 @@ def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> list[t
         if key is not None and name.endswith(f"/{key}")
     }
     overall = [n for n in metrics if not n.startswith(tuple(f"{d}/" for d in of_datasets))]
-    passes = [name for name in overall if _pass_k(name) is not None]
-    largest = max(passes, key=lambda name: _pass_k(name) or 0, default=None)
+    passes = [name for name in overall if pass_k(name) is not None]
+    largest = max(passes, key=lambda name: pass_k(name) or 0, default=None)
     reward = find_key(overall, REWARD)
     others = [name for name in overall if "@" not in _last_part(name)]
     ordered = dict.fromkeys(n for n in (key, largest, reward, *others) if n is not None)
@@ -110,7 +110,7 @@ def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> list[t
     return shown + list(of_datasets.items())[:MOST_DATASETS]
 
 
-def _pass_k(name: str) -> int | None:
+def pass_k(name: str) -> int | None:
     """Return the k of a metric `.../pass@<k>`."""
     last = _last_part(name)
     number = last.removeprefix(PASS)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from chatlearn.observability.charts import Series, line_chart, stacked_chart
-from chatlearn.observability.headline import ACCURACY, EVAL, REWARD, find_key
+from chatlearn.observability.headline import ACCURACY, EVAL, PASS, REWARD, find_key, pass_k
 from chatlearn.observability.jsonl import Row
 from chatlearn.observability.metrics import KEYS
 
@@ -74,7 +74,9 @@ def _names(rows: Sequence[Row]) -> list[str]:
 def _rank_of_evaluation(name: str) -> int:
     """Put first what an evaluation is for; the rest stays in its order."""
     last = name.rsplit("/", 1)[-1]
-    return 0 if last in ACCURACY else 1 if last in REWARD else 2
+    if last in ACCURACY or pass_k(name) is not None:
+        return 0
+    return 1 if last in REWARD else 2
 
 
 def _owner(name: str) -> str:
@@ -87,14 +89,25 @@ def _group(name: str) -> str:
 
 
 def _charts(rows: Sequence[Row], names: Sequence[str], points: bool) -> list[str]:
-    """Draw one chart per last part of the names: modules, and variants such as `_max`, together."""
+    """Draw one chart per last part of the names: modules, and variants such as `_max`, together.
+
+    All k of one `pass@k` share a chart; another module's, or dataset's, has one of its own.
+    """
     charts: dict[str, list[str]] = {}
+    owners = {_pass_owner(name) for name in names if pass_k(name) is not None}
     for name in names:
-        charts.setdefault(VARIANT.sub("", name.rsplit("/", 1)[-1]), []).append(name)
+        title = VARIANT.sub("", name.rsplit("/", 1)[-1]).replace("_", " ")
+        if pass_k(name) is not None:
+            title = f"{PASS}k" + (f" of {_pass_owner(name)}" if len(owners) > 1 else "")
+        charts.setdefault(title, []).append(name)
     return [
-        line_chart(title.replace("_", " "), [_series(rows, n, n) for n in members], points=points)
+        line_chart(title, [_series(rows, n, n) for n in members], points=points)
         for title, members in charts.items()
     ]
+
+
+def _pass_owner(name: str) -> str:
+    return name.rpartition("/")[0].removeprefix(EVAL)
 
 
 def _series(rows: Sequence[Row], name: str, label: str) -> Series:

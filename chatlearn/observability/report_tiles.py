@@ -16,6 +16,7 @@ from chatlearn.observability.headline import (
     TRAINED,
     find,
     find_key,
+    measure_label,
 )
 from chatlearn.observability.jsonl import Row
 from chatlearn.observability.numbers import duration, number, quantity
@@ -54,11 +55,12 @@ def _accuracy(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     label = "held-out accuracy"
     if not isinstance(before, int | float) or not isinstance(after, int | float):
         evaluated = [_numbers(row, EVAL) for row in rows]
-        names = ACCURACY if any(find_key(e, ACCURACY) for e in evaluated) else REWARD
-        label = label if names is ACCURACY else "held-out reward"
+        keys = [key for e in evaluated if (key := find_key(e, ACCURACY))]
+        names = ACCURACY if keys else REWARD
         values = [v for e in evaluated if (v := find(e, names)) is not None]
         if not values:
             return ""
+        label = f"held-out {measure_label(keys[0]) if keys else 'reward'}"
         before, after = values[0], values[-1]
         if len(values) == 1:
             return _tile(label, escape(number(after)))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -32,8 +33,8 @@ _Key = tuple[int, float, str]
 class TranscriptLog:
     """Writes up to `per_episode` samples of every episode and evaluation to `transcripts.jsonl`.
 
-    The samples are those with the lowest `(prompt_uid, uid)`, so whole groups as far as they fit,
-    and in every evaluation the same prompts.
+    The samples are those with the lowest `(prompt_uid, uid)`, so whole groups as far as they fit;
+    of an evaluation one per prompt first, and in every evaluation the same.
 
     Example:
         >>> log = TranscriptLog(folder / "transcripts.jsonl", per_episode=8)
@@ -47,7 +48,7 @@ class TranscriptLog:
 
     def record(self, batches: Batch | Iterable[Batch], *, episode: int, phase: Phase) -> int:
         """Write the chosen samples of the batches and return how many there were."""
-        rows = sample_rows(batches, self._limit)
+        rows = sample_rows(batches, self._limit, spread=phase == "eval")
         if rows:
             self._file.append(*({"episode": episode, "phase": phase, **row} for row in rows))
         return len(rows)
@@ -61,15 +62,21 @@ class TranscriptLog:
         self._file.close()
 
 
-def sample_rows(batches: Batch | Iterable[Batch], limit: int) -> list[Row]:
-    """Return up to `limit` samples as rows of plain values; none without prompt and completion."""
+def sample_rows(batches: Batch | Iterable[Batch], limit: int, *, spread: bool = False) -> list[Row]:
+    """Return up to `limit` samples as rows of plain values; none without prompt and completion.
+
+    Whole groups come first or, with `spread`, the first sample of every prompt, then the second of every prompt.
+    """
     every = [cast("Batch", batches)] if isinstance(batches, Mapping) else list(batches)
-    order: list[tuple[tuple[_Key, _Key], int, int, Batch]] = []
+    order: list[tuple[tuple[int, _Key, _Key], int, int, Batch]] = []
+    siblings: Counter[_Key] = Counter()
     seen = 0
     for batch in every:
         text = batch.get(columns.COMPLETION, batch.get(columns.PROMPT))
         for index in range(0 if text is None else len(text)):
-            order.append((_rank(batch, index, seen), seen, index, batch))
+            group, uid = _rank(batch, index, seen)
+            order.append(((siblings[group] if spread else 0, group, uid), seen, index, batch))
+            siblings[group] += 1
             seen += 1
     chosen = heapq.nsmallest(limit, order, key=lambda entry: entry[:2])
     return [_row(batch, index) for _, _, index, batch in chosen]

@@ -219,7 +219,7 @@ class TestTranscripts:
         rows = read_rows(tmp_path / "t.jsonl")
         assert [(row["episode"], row["phase"], row["uid"]) for row in rows] == [
             (0, "eval", 0),
-            (0, "eval", 1),
+            (0, "eval", 2),  # of the next prompt
         ]
 
 

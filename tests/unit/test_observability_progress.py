@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from chatlearn.observability.headline import headline
+from chatlearn.observability.evaluation_progress import EvaluationProgress
+from chatlearn.observability.headline import evaluation_highlights, find_key, headline
 from chatlearn.observability.numbers import duration, number, quantity, sparkline, ticks
 from chatlearn.observability.progress import Progress
 
@@ -248,6 +249,104 @@ def test_headline_finds_numbers_by_the_end_of_their_names():
     assert headline({"m/generated_tokens_per_s": 5.0}).generated_per_s == 5
     assert headline({"m/generated_tokens": 5.0}).generated_per_s is None
     assert headline({}).loss is None
+
+
+def test_an_evaluation_of_several_samples_and_datasets_stays_short():
+    passes = {f"reward/pass@{k}": k / 10 for k in (1, 2, 4, 8)}
+    own = {"policy/response_length": 9.0, "reward/rewards": 0.1, "reward/avg@8": 0.1, **passes}
+    metrics = {**own, **{f"{d}/{name}": 1.0 for d in ("math", "code") for name in own}}
+    assert evaluation_highlights(metrics) == [
+        ("pass@1", 0.1),
+        ("pass@8", 0.8),
+        ("rewards", 0.1),
+        ("response_length", 9.0),
+        ("math", 1.0),
+        ("code", 1.0),
+    ]
+    progress, stream, _ = plain()
+    with progress:
+        progress.evaluation_done(metrics)
+        progress.episode_done({})
+    assert stream.getvalue().startswith(
+        "evaluation before training  pass@1 0.1  pass@8 0.8  rewards 0.1  response_length 9  "
+        "math 1  code 1\n"
+    )
+    assert [label for label, _ in evaluation_highlights({**metrics, "accuracy": 0.4})][:2] == [
+        "accuracy",
+        "pass@8",
+    ]
+    many = {f"d{i}/r/rewards": 1.0 for i in range(40)} | {"r/rewards": 1.0}
+    assert len(evaluation_highlights(many)) < 10
+
+
+def test_numbers_over_all_datasets_come_first_wherever_they_stand():
+    assert find_key(["a/reward/rewards", "reward/rewards"], ("rewards",)) == "reward/rewards"
+
+
+# ---- an evaluation of its own ----------------------------------------------------------------------
+
+
+def evaluation(seconds: float, **kwargs) -> str:
+    stream, clock = io.StringIO(), Clock()
+    with EvaluationProgress(300, 2, stream=stream, clock=clock, **kwargs) as display:
+        display.phase("policy.eval_step")
+        for _ in range(10):
+            clock.now += seconds / 10
+            display.tick(40)
+            display.advance(Call())
+        display.note("a note")
+        display.evaluated({"reward/pass@1": 0.25})
+    return stream.getvalue()
+
+
+def test_a_quick_evaluation_shows_nothing_but_notes():
+    assert evaluation(0.9) == "a note\n"
+
+
+def test_a_longer_evaluation_ends_with_one_line():
+    assert evaluation(12) == "a note\nevaluation  300 samples in 0:12  pass@1 0.25\n"
+
+
+def test_a_long_evaluation_gives_signs_of_life():
+    lines = evaluation(100).splitlines()
+    assert lines[0] == "evaluation  4%  policy.eval_step  160 tokens"
+    assert len(lines) == 2 + 2
+
+
+def test_an_evaluation_that_fails_shows_no_numbers():
+    stream, clock = io.StringIO(), Clock()
+
+    def run() -> None:
+        with EvaluationProgress(3, 1, stream=stream, clock=clock):
+            clock.now += 12
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert stream.getvalue() == ""
+
+
+EVALUATION = """
+import time
+from types import SimpleNamespace
+from chatlearn.observability.evaluation_progress import EvaluationProgress
+with EvaluationProgress(10, 1) as display:
+    display.phase("policy.eval_step")
+    for i in range(10):
+        time.sleep(SECONDS)
+        display.advance(SimpleNamespace(samples=1, module="policy", method="eval_step"))
+    display.evaluated({"r/pass@1": 0.25})
+"""
+
+
+def test_on_a_terminal_a_bar_appears_after_a_second_and_goes_away():
+    shown, status = on_terminal(EVALUATION.replace("SECONDS", "0.2"))
+    assert status == 0, shown
+    assert "policy.eval_step" in shown
+    assert "evaluation  10 samples in 0:02  pass@1 0.25" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    quick, _ = on_terminal(EVALUATION.replace("SECONDS", "0.01"))
+    assert quick == ""
 
 
 def test_numbers():
