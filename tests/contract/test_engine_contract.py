@@ -15,7 +15,6 @@ import chatlearn
 from chatlearn import (
     BaseModule,
     ChatLearnError,
-    ConfigError,
     ControlDependencies,
     Engine,
     Environment,
@@ -675,8 +674,11 @@ def test_an_engine_with_an_evaluator_alone_evaluates() -> None:
     assert step.prompts == PROMPTS
 
 
-def test_replay_is_refused_rather_than_ignored() -> None:
-    for key in ("max_replay_episode", "replay_episode_offset"):
-        runtime(**{key: 1})
-        with pytest.raises(ConfigError, match="not available in this version"):
-            train(PROMPTS)
+def test_replay_trains_on_the_last_episodes() -> None:
+    runtime(num_episode=4, sample_per_episode=2, max_replay_episode=2, replay_episode_offset=1)
+    assert train(PROMPTS).trained == [
+        ["p0", "p1"],
+        ["p2", "p3"],
+        ["p2", "p3", "p4", "p5"],
+        ["p4", "p5", "p6", "p7"],
+    ]
