@@ -72,12 +72,13 @@ def describe_program(program: Program, width: int) -> list[str]:
             lines += wrap(line, width, subsequent_indent="    ")
         if (env := program.graphs.get("env_flow")) and program.trainer is not None:
             for node in (node for node in env.nodes if node.module.filters_samples):
-                lines.append(f"{node.name} may keep fewer samples; then there are fewer updates")
+                text = f"{node.name} may keep fewer samples; then there are fewer updates"
+                lines += wrap(text, width, subsequent_indent="    ")
     sections = explain(program)
     longest = max((len(label) for section in sections for label, _ in section.rows), default=0)
     column = min(longest, width // 2) + 4
     for section in sections:
-        lines += ["", section.title] if lines else [section.title]
+        lines += [""] * bool(lines) + wrap(section.title, width, subsequent_indent="    ")
         for label, text in section.rows:
             first = f"  {label}".ljust(column)
             if len(first) > column:  # too long a name has a line of its own

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from chatlearn.arithmetic import is_due
 from chatlearn.checkpoint import folder as checkpoints
 from chatlearn.checkpoint.state import RunState
 from chatlearn.checkpointing import Checkpointing
@@ -281,7 +282,7 @@ class Run:
 
     def evaluate_if_due(self) -> None:
         """Run the evaluation flow every `eval_episode_interval` episodes."""
-        if self.state.episode % self.config.eval_episode_interval == 0:
+        if is_due(self.state.episode, self.config.eval_episode_interval):
             self.evaluate()
 
     def evaluate(self) -> Results:
@@ -305,8 +306,7 @@ class Run:
 
     def save_if_due(self) -> None:
         """Write a checkpoint every `save_episode_interval` episodes."""
-        interval = self.config.save_episode_interval
-        if interval is not None and self.state.episode % interval == 0:
+        if is_due(self.state.episode, self.config.save_episode_interval):
             self._save()
 
     # ---- parts ----------------------------------------------------------------------------------------------------

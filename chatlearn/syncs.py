@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chatlearn.arithmetic import is_due
 from chatlearn.config import RuntimeConfig
 from chatlearn.module import resolved_config
 from chatlearn.observability.recorder import Recorder
@@ -56,7 +57,7 @@ class Syncs:
     def run_due(self, recorder: Recorder, episodes: int) -> None:
         """Sync what is due after `episodes` episodes."""
         for pair in self._pairs:
-            if episodes % pair.frequency == 0:
+            if is_due(episodes, pair.frequency):
                 self._run(pair, recorder)
 
     def release(self) -> None:
