@@ -379,5 +379,6 @@ def _copy_of(module: BaseModule) -> BaseModule:
     except Exception as error:
         raise ConfigError(
             f"module {module.name!r} cannot be copied for num_replica > 1: {error}",
+            place=f"models.{module.name}.num_replica",
             fix="make heavy or unique state (locks, files, connections) in setup(), not in the constructor",
         ) from error
