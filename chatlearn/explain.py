@@ -27,7 +27,7 @@ from chatlearn.data.replay import describe
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import ConfigError
 from chatlearn.module import BaseModule, resolved_config
-from chatlearn.observability.pass_at_k import default_ks
+from chatlearn.observability.pass_at_k import measured_ks
 from chatlearn.program import Executor, Program, name_of
 from chatlearn.runtime.call_plan import PlannedCalls, planned_calls
 from chatlearn.runtime.protocol import node_specs
@@ -228,11 +228,8 @@ def _evaluation(program: Program, evaluator: Executor) -> Section:
     if repeats > 1:
         text += f" x {repeats} = {prompts * repeats} samples"
     rows = [("samples", text)]
-    ks = runtime.eval_pass_at_k
-    if ks is None:
-        ks = default_ks(repeats) if repeats > 1 else []
-    if ks:
-        measured = ", ".join([f"avg@{repeats}", *(f"pass@{k}" for k in sorted(set(ks)))])
+    if ks := measured_ks(repeats, runtime.eval_pass_at_k):
+        measured = ", ".join([f"avg@{repeats}", *(f"pass@{k}" for k in ks)])
         text = f"{measured}; a reward from {runtime.eval_pass_threshold:g} on passes"
         rows.append(("measured", text))
     if program.data_owner is not None:

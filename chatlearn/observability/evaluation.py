@@ -10,7 +10,7 @@ from chatlearn.columns import PROMPT_UID, REWARDS, UID
 from chatlearn.flow.batching import Batch, is_number
 from chatlearn.flow.graph import FlowGraph, Node
 from chatlearn.observability.metrics import EpisodeMetrics
-from chatlearn.observability.pass_at_k import Tally, default_ks
+from chatlearn.observability.pass_at_k import Tally, measured_ks
 
 
 class Call(Protocol):
@@ -55,9 +55,7 @@ class EvaluationMetrics:
     ) -> None:
         self._graph = graph
         self._samples = samples_per_prompt
-        if ks is None:
-            ks = default_ks(samples_per_prompt) if samples_per_prompt > 1 else ()
-        self._ks = sorted(set(ks))
+        self._ks = measured_ks(samples_per_prompt, ks)
         self._threshold = threshold
         self._overall = EpisodeMetrics()
         self._parts = {name: EpisodeMetrics() for name in datasets}

@@ -46,6 +46,11 @@ def default_ks(samples: int) -> list[int]:
     return sorted({*powers, samples})
 
 
+def measured_ks(samples: int, ks: Sequence[int] | None) -> list[int]:
+    """Return the k that an evaluation measures: those given, or else the default ones of several samples per prompt."""
+    return sorted(set(default_ks(samples) if ks is None and samples > 1 else ks or ()))
+
+
 @dataclass
 class Tally:
     """What is known of the prompts of an evaluation: how many samples each has, how many passed, all rewards.
