@@ -138,8 +138,8 @@ class RuntimeConfig(BaseModel):
     """Whether a rest smaller than a global batch is filled with first samples, dropped or kept."""
     data_shuffle: bool = False
     """Whether to reshuffle the dataset on every pass."""
-    data_ratio: list[PositiveInt] | None = None
-    """Prompts taken per turn from each of several datasets."""
+    data_ratio: list[PositiveInt] | None = Field(default=None, min_length=1)
+    """Prompts taken per turn from each of several datasets; None takes one of each."""
     stream_data_loader_type: Literal["fixed", "dynamic"] = "fixed"
     """Whether training starts when the episode is complete, or as soon as a global batch is."""
     max_staleness: int = Field(default=0, ge=0)
@@ -171,11 +171,11 @@ class RuntimeConfig(BaseModel):
                 f"use {step} or less",
             )
         most = self.eval_num_inference_per_prompt
-        if too_many := [k for k in self.eval_pass_at_k or () if k > most]:
+        if (largest := max(self.eval_pass_at_k or (), default=0)) > most:
             raise contradiction(
                 "eval_pass_at_k",
-                f"eval_pass_at_k has {too_many[0]}, more than eval_num_inference_per_prompt={most}",
-                f"use {most} or less, or more samples",
+                f"eval_pass_at_k has {largest}, more than eval_num_inference_per_prompt={most}",
+                f"use {most} or less, or set eval_num_inference_per_prompt to {largest} or more",
             )
         meant = closest(self.resume.lower(), ("auto", "never"))
         if self.resume not in ("auto", "never") and (meant or not self.resume):

@@ -168,7 +168,8 @@ def _hint(detail: ErrorDetails, name: str, field: FieldInfo | None) -> str:
     """Say what to write where the type is wrong; what pydantic says where something else is."""
     kind, _, what = detail["type"].rpartition("_")
     if field is None or what not in ("type", "parsing") or kind not in _KINDS:
-        return re.sub(r"^Input\b", "the value", _message(detail))
+        text = _message(detail).replace(" after validation", "")
+        return re.sub(r"^(Input|List)\b", "the value", text)
     return f"write {_KINDS[kind]}, for example {name}: {_example_of(field)}"
 
 

@@ -45,7 +45,7 @@ class PromptSampler:
         shuffle: bool = False,
         seed: int = 0,
     ) -> None:
-        quotas = list(ratio or [1] * len(sizes))
+        quotas = [1] * len(sizes) if ratio is None else list(ratio)
         if len(quotas) != len(sizes):
             raise ConfigError(
                 f"runtime.data_ratio has {_count(len(quotas), 'number')} for {_count(len(sizes), 'dataset')}",
