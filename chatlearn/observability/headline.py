@@ -84,15 +84,22 @@ def measure_label(key: str) -> str:
     return "accuracy" if last in ACCURACY else "eval reward"
 
 
-def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> list[tuple[str, float]]:
-    """Return the few numbers of an evaluation that fit on a line, with short labels.
+@dataclass(frozen=True)
+class Highlights:
+    """The few numbers of an evaluation that fit on a line, with short labels."""
 
-    First what it is for, then `pass@k` of the largest k and the reward, then others; then, of several datasets, the
-    first number of each.
+    numbers: list[tuple[str, float]]
+    """What the evaluation is for, `pass@k` of the largest k, the reward, then others."""
+    of_datasets: list[tuple[str, float]]
+    """The first of these numbers for each of several datasets."""
+
+
+def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> Highlights:
+    """Choose what of an evaluation to show on a line.
 
     Example:
         >>> evaluation_highlights({"r/pass@1": 0.4, "r/pass@8": 0.7, "math/r/pass@1": 0.5, "code/r/pass@1": 0.3})
-        [('pass@1', 0.4), ('pass@8', 0.7), ('math', 0.5), ('code', 0.3)]
+        Highlights(numbers=[('pass@1', 0.4), ('pass@8', 0.7)], of_datasets=[('math', 0.5), ('code', 0.3)])
     """
     key = find_key(metrics, ACCURACY) or find_key(metrics, REWARD)
     of_datasets = {
@@ -104,10 +111,10 @@ def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> list[t
     passes = [name for name in overall if pass_k(name) is not None]
     largest = max(passes, key=lambda name: pass_k(name) or 0, default=None)
     reward = find_key(overall, REWARD)
-    others = [name for name in overall if "@" not in _last_part(name)]
+    others = [n for n in overall if "@" not in _last_part(n) and not n.endswith("_tokens")]
     ordered = dict.fromkeys(n for n in (key, largest, reward, *others) if n is not None)
     shown = [(_last_part(name), metrics[name]) for name in list(ordered)[:most]]
-    return shown + list(of_datasets.items())[:MOST_DATASETS]
+    return Highlights(shown, list(of_datasets.items())[:MOST_DATASETS])
 
 
 def pass_k(name: str) -> int | None:

@@ -347,5 +347,9 @@ class Progress:
 
 def shown_numbers(metrics: Mapping[str, float]) -> str:
     """Return the few numbers of an evaluation that belong on a line."""
-    parts = [f"{label} {number(value)}" for label, value in evaluation_highlights(metrics)]
+    found = evaluation_highlights(metrics)
+    parts = [f"{label} {number(value)}" for label, value in found.numbers]
+    if found.of_datasets:
+        each = ", ".join(f"{name} {number(value)}" for name, value in found.of_datasets)
+        parts[0] += f" ({each})"
     return "  ".join(parts) or "(no numbers)"

@@ -75,7 +75,8 @@ def _reward(trained: Sequence[Row]) -> str:
     before, after = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
     if len(values) == 1:
         return _tile("training reward", escape(number(after)))
-    return _tile("training reward", _change(before, after), f"mean of {tenth} episodes each")
+    note = f"mean of {tenth} episodes each" if tenth > 1 else "first → last"
+    return _tile("training reward", _change(before, after), note)
 
 
 def _episodes(trained: Sequence[Row], summary: Mapping[str, Any]) -> str:

@@ -255,28 +255,26 @@ def test_an_evaluation_of_several_samples_and_datasets_stays_short():
     passes = {f"reward/pass@{k}": k / 10 for k in (1, 2, 4, 8)}
     own = {"policy/response_length": 9.0, "reward/rewards": 0.1, "reward/avg@8": 0.1, **passes}
     metrics = {**own, **{f"{d}/{name}": 1.0 for d in ("math", "code") for name in own}}
-    assert evaluation_highlights(metrics) == [
+    found = evaluation_highlights(metrics)
+    assert found.of_datasets == [("math", 1.0), ("code", 1.0)]
+    assert found.numbers == [
         ("pass@1", 0.1),
         ("pass@8", 0.8),
         ("rewards", 0.1),
         ("response_length", 9.0),
-        ("math", 1.0),
-        ("code", 1.0),
     ]
     progress, stream, _ = plain()
     with progress:
         progress.evaluation_done(metrics)
         progress.episode_done({})
     assert stream.getvalue().startswith(
-        "evaluation before training  pass@1 0.1  pass@8 0.8  rewards 0.1  response_length 9  "
-        "math 1  code 1\n"
+        "evaluation before training  pass@1 0.1 (math 1, code 1)  pass@8 0.8  rewards 0.1  "
+        "response_length 9\n"
     )
-    assert [label for label, _ in evaluation_highlights({**metrics, "accuracy": 0.4})][:2] == [
-        "accuracy",
-        "pass@8",
-    ]
+    first = evaluation_highlights({**metrics, "accuracy": 0.4}).numbers[:2]
+    assert first == [("accuracy", 0.4), ("pass@8", 0.8)]
     many = {f"d{i}/r/rewards": 1.0 for i in range(40)} | {"r/rewards": 1.0}
-    assert len(evaluation_highlights(many)) < 10
+    assert len(evaluation_highlights(many).of_datasets) < 10
 
 
 def test_numbers_over_all_datasets_come_first_wherever_they_stand():
