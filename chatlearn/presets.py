@@ -7,15 +7,21 @@ Each takes modules, yours or ours, and pairs its trainers with the modules they 
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, Self
 
 from chatlearn.data.prompts import Source
 from chatlearn.engine import Engine
 from chatlearn.errors import EngineError
 from chatlearn.executors import Datasets, Environment, Evaluator, PostProcess, Trainer
+from chatlearn.flow.symbol import placed_at, user_place
 from chatlearn.flow.trace import Flow
 from chatlearn.models.advantage import GroupAdvantage
+from chatlearn.models.policy import PolicyInference
 from chatlearn.models.policy_trainer import PolicyTrainer
+from chatlearn.models.reference import PolicyReference
+from chatlearn.models.reward import FunctionReward
+from chatlearn.module import BaseModule
 from chatlearn.program import Program
 from chatlearn.stage import Results
 
@@ -23,7 +29,54 @@ Module = Any
 """A `BaseModule`; that it has the step methods which a flow calls only its own class knows."""
 
 
-class RLHFEngine(Engine):
+class _Preset(Engine):
+    """An engine whose flows stand in this file; to errors and graphs they stand where the user constructs it."""
+
+    def __init__(self, name: str, env_flow: Flow, trainer_flow: Flow) -> None:
+        place = user_place()
+        environment, trainer = _placed(env_flow, place), _placed(trainer_flow, place)
+        super().__init__(Environment(environment), Trainer(trainer), name=name)
+
+
+def _placed(flow: Flow, place: str) -> Flow:
+    @wraps(flow)
+    def placed(batch: Any) -> Any:
+        with placed_at(place):
+            return flow(batch)
+
+    return placed
+
+
+def _require(preset: str, method: str, **arguments: Module) -> None:
+    """Refuse arguments that are no modules with the step `method`, at the user's line."""
+    for name, module in arguments.items():
+        if not isinstance(module, BaseModule):
+            is_class = isinstance(module, type) and BaseModule in module.__mro__
+            example = module if is_class else _EXAMPLES.get(name, BaseModule)
+            raise EngineError(
+                f"{preset}: {name} is {module!r:.80}, not a module",
+                place=user_place(),
+                fix=f"pass a module with a method {method}, e.g. {example.__name__}({name!r}, ...)",
+            )
+        if not callable(getattr(module, method, None)):
+            raise EngineError(
+                f"{preset}: {name} is {module!r}, which has no method {method}",
+                place=user_place(),
+                fix=f"pass the arguments by name, as {name}=..., should they be in another order; "
+                f"or define {method} on {type(module).__name__}",
+            )
+
+
+_EXAMPLES: dict[str, type[BaseModule]] = {
+    "policy": PolicyInference,
+    "reference": PolicyReference,
+    "reward": FunctionReward,
+    "advantage": GroupAdvantage,
+    "policy_trainer": PolicyTrainer,
+}
+
+
+class RLHFEngine(_Preset):
     """PPO: a policy samples; reference, value and reward score; a policy and a value trainer learn.
 
     Example:
@@ -39,6 +92,11 @@ class RLHFEngine(Engine):
         policy_trainer: Module,
         value_trainer: Module,
     ) -> None:
+        scorers = {"reference": reference, "reward": reward, "value": value}
+        _require("RLHFEngine", "forward_step", policy=policy, **scorers)
+        trainers = {"policy_trainer": policy_trainer, "value_trainer": value_trainer}
+        _require("RLHFEngine", "train_step", **trainers)
+
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
@@ -49,11 +107,11 @@ class RLHFEngine(Engine):
             policy_trainer.train_step(batch)
             value_trainer.train_step(batch)
 
-        super().__init__(Environment(env_flow), Trainer(trainer_flow), name="rlhf")
+        super().__init__("rlhf", env_flow, trainer_flow)
         self.set_parameter_sync(policy_trainer, policy).set_parameter_sync(value_trainer, value)
 
 
-class GRPOEngine(Engine):
+class GRPOEngine(_Preset):
     """GRPO: a policy samples groups, a reference and a reward score them, a trainer learns.
 
     Args:
@@ -78,6 +136,11 @@ class GRPOEngine(Engine):
     ) -> None:
         if advantage is None and isinstance(policy_trainer, PolicyTrainer):
             advantage = GroupAdvantage("advantage")
+        scorers = {"policy": policy, "reference": reference, "reward": reward}
+        if advantage is not None:
+            scorers["advantage"] = advantage
+        _require("GRPOEngine", "forward_step", **scorers)
+        _require("GRPOEngine", "train_step", policy_trainer=policy_trainer)
 
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
@@ -88,11 +151,11 @@ class GRPOEngine(Engine):
         def trainer_flow(batch: Any) -> None:
             policy_trainer.train_step(batch)
 
-        super().__init__(Environment(env_flow), Trainer(trainer_flow), name="grpo")
+        super().__init__("grpo", env_flow, trainer_flow)
         self.set_parameter_sync(policy_trainer, policy)
 
 
-class OnlineDPOEngine(Engine):
+class OnlineDPOEngine(_Preset):
     """Online DPO: a policy samples, a reference and a reward compare the samples of a prompt, a trainer learns.
 
     Example:
@@ -102,6 +165,10 @@ class OnlineDPOEngine(Engine):
     def __init__(
         self, policy: Module, reference: Module, reward: Module, policy_trainer: Module
     ) -> None:
+        scorers = {"policy": policy, "reference": reference, "reward": reward}
+        _require("OnlineDPOEngine", "forward_step", **scorers)
+        _require("OnlineDPOEngine", "train_step", policy_trainer=policy_trainer)
+
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
@@ -110,11 +177,11 @@ class OnlineDPOEngine(Engine):
         def trainer_flow(batch: Any) -> None:
             policy_trainer.train_step(batch)
 
-        super().__init__(Environment(env_flow), Trainer(trainer_flow), name="online_dpo")
+        super().__init__("online_dpo", env_flow, trainer_flow)
         self.set_parameter_sync(policy_trainer, policy)
 
 
-class DPOEngine(Engine):
+class DPOEngine(_Preset):
     """DPO: a reference scores pairs of the dataset, a trainer learns from them; nobody samples.
 
     Example:
@@ -122,13 +189,16 @@ class DPOEngine(Engine):
     """
 
     def __init__(self, reference: Module, policy_trainer: Module) -> None:
+        _require("DPOEngine", "forward_step", reference=reference)
+        _require("DPOEngine", "train_step", policy_trainer=policy_trainer)
+
         def env_flow(batch: Any) -> Any:
             return reference.forward_step(batch)
 
         def trainer_flow(batch: Any) -> None:
             policy_trainer.train_step(batch)
 
-        super().__init__(Environment(env_flow), Trainer(trainer_flow), name="dpo")
+        super().__init__("dpo", env_flow, trainer_flow)
 
 
 class EvalEngine:
@@ -142,7 +212,17 @@ class EvalEngine:
         if isinstance(flow, Evaluator):
             flow, evaluator = None, flow
         if (flow is None) == (evaluator is None):
-            raise EngineError("EvalEngine takes an evaluation flow, or an Evaluator")
+            raise EngineError(
+                "EvalEngine takes either an evaluation flow or an Evaluator",
+                place=user_place(),
+                fix="write EvalEngine(eval_flow), or EvalEngine(evaluator=evaluator)",
+            )
+        if not callable(flow) and not isinstance(evaluator, Evaluator):
+            raise EngineError(
+                f"EvalEngine: {evaluator or flow!r:.80} is neither a flow nor an Evaluator",
+                place=user_place(),
+                fix="pass a function of one batch: def eval_flow(batch): return policy.eval_step(batch)",
+            )
         self.evaluator = evaluator or Evaluator(flow)  # pyright: ignore[reportArgumentType]
 
     def set_dataset(self, dataset: Source) -> Self:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 
@@ -18,8 +20,23 @@ from chatlearn.errors import FlowError, SymbolError
 _PACKAGE: Final = str(Path(__file__).resolve().parent.parent) + os.sep
 
 
+_PLACE: ContextVar[str] = ContextVar("chatlearn_place", default="")
+
+
+@contextmanager
+def placed_at(place: str) -> Generator[None]:
+    """Have `user_place()` return `place`: for flows that this package wrote and the user's line asked for."""
+    token = _PLACE.set(place)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
 def user_place() -> str:
     """Return `file:line` of the innermost frame outside this package."""
+    if given := _PLACE.get():
+        return given
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
