@@ -475,6 +475,23 @@ def test_a_failed_episode_is_repeated_exactly(
     assert parts == whole
 
 
+def test_a_failed_choice_loses_no_episode_of_a_lone_trainer(tmp_path: Path) -> None:
+    settings: Any = {"kept": -1, "episodes": 4, "output_dir": str(tmp_path), "resume": "auto"}
+
+    def failing(buffers: Any) -> Any:
+        if len(buffers) == 3:
+            raise OSError("failed")
+        return buffers[-1].samples
+
+    first, rest = Learner(), Learner()
+    replay(**settings)
+    with pytest.raises(ModuleError, match="failed"):
+        engine(first, failing, environment=False).learn()
+    engine(rest, environment=False).learn()
+    assert first.trained == [["p0", "p1"], ["p2", "p3"]]
+    assert rest.trained == [PROMPTS[:6], PROMPTS]
+
+
 def steps_of_checkpoint(folder: Path) -> int:
     root = folder / "checkpoints"
     newest = root / (root / "latest").read_text().strip()

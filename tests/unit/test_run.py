@@ -125,6 +125,45 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert len(trained(tmp_path / "whole.log")) == 12
 
 
+REPLAYING = (
+    SCRIPT.replace('"output_dir"', '"max_replay_episode": 2, "output_dir"')
+    .replace("import sys,", "import random, sys,")
+    .replace(
+        "engine.set_dataset(",
+        """
+def chosen(buffers):
+    log.write(f"choosing of {len(buffers)} up to {buffers[-1].episode_id}\\n")
+    if slow == "choosing":
+        time.sleep(0.15)
+    pool = [sample for buffer in buffers for sample in buffer.samples]
+    return random.choices(pool, k=random.randint(2, 6))
+engine.set_replay_sampler(chosen).set_dataset(""",
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("slow", "line"),
+    [("sampling", "sampling 14"), ("choosing", "of 2 up to 3"), ("training", "training 5")],
+)
+def test_replay_goes_on_after_an_interruption(
+    script: Path, tmp_path: Path, slow: str, line: str
+) -> None:
+    script.write_text(REPLAYING)
+    whole = start(script, "whole", "whole.log")
+    part = start(script, "part", "part.log", slow)
+    wait_for(tmp_path / "part.log", line, part)
+    part.send_signal(signal.SIGINT)
+    _, errors = part.communicate(timeout=60)
+    assert part.returncode == 130, errors
+    again = start(script, "part", "part.log")
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 0, errors
+    whole.communicate(timeout=60)
+    assert trained(tmp_path / "part.log") == trained(tmp_path / "whole.log")
+    assert len(trained(tmp_path / "whole.log")) > 6
+
+
 def test_a_second_signal_ends_at_once(script: Path, tmp_path: Path) -> None:
     script.write_text(SCRIPT.replace("time.sleep(0.15)", "time.sleep(30)"))
     process = start(script, "run", "run.log", "training")
