@@ -92,8 +92,16 @@ def note_what_may_surprise(program: Program) -> None:
     """Name what settings do beyond what they seem to."""
     _note_groups(program)
     _note_replay(program)
-    trainer = program.graphs.get("trainer_flow")
+    trainer, env = program.graphs.get("trainer_flow"), program.graphs.get("env_flow")
     trained = trainer.modules if trainer else []
+    runtime = program.config.runtime
+    if runtime.stream_data_loader_type == "dynamic" and runtime.train_global_batch_size:
+        program.notes += [
+            f"{module.name} stands in both flows: with runtime.stream_data_loader_type=dynamic it makes the later "
+            "samples of an episode with what it learned from the earlier ones"
+            for module in (env.modules if env else ())
+            if module in trained and not runtime.max_replay_episode
+        ]
     for source, destination in program.sync_pairs:
         if destination in trained:
             program.notes.append(

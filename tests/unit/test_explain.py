@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import chatlearn
-from chatlearn import BaseModule, Engine, Environment, Evaluator, Trainer
+from chatlearn import BaseModule, Engine, Environment, Evaluator, Trainer, cli
 from chatlearn.explain import describe_program, explain
 from chatlearn.program import Program
 
@@ -308,6 +310,23 @@ def test_a_module_that_builds_its_datasets_may_change_their_sizes() -> None:
     policy = Own("policy")
     engine = Engine(Environment(lambda batch: policy.forward_step(batch))).set_dataset(["a"])
     assert "if their sizes differ" in rows_of(engine.check())["policy.build_dataset"]
+
+
+def test_the_page_on_episodes_shows_what_explain_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/episodes.md").read_text()
+    for language, name in (("yaml", "recipe.yaml"), ("python", "train.py")):
+        [block] = re.findall(rf"```{language}\n(# {name}\n.*?)```", page, re.DOTALL)
+        Path(name).write_text(block)
+    [shown] = re.findall(r"\$ chatlearn explain recipe.yaml\n(.*?)\n```", page, re.DOTALL)
+    monkeypatch.setattr(cli, "_console", lambda: Console(width=100))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["explain", "recipe.yaml"])
+    assert ended.value.code == 0
+    printed, values = capsys.readouterr().out.split("\n\nkey ")
+    assert printed == shown
+    assert "recipe.yaml:5" in values
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])

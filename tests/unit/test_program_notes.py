@@ -198,6 +198,14 @@ NOTED: dict[str, Notes] = {
             "episode 3 on"
         ],
     ),
+    "streaming into a module that samples too": (
+        {"runtime": {"stream_data_loader_type": "dynamic", "train_global_batch_size": 1}},
+        lambda: engine(env(M, T), trainer(T)),
+        [
+            "t stands in both flows: with runtime.stream_data_loader_type=dynamic it makes the later samples of an "
+            "episode with what it learned from the earlier ones"
+        ],
+    ),
     "datasets that a module builds": (
         {},
         lambda: Engine(env(OwnDatasets("m"))).set_multiple_datasets([["p"], [{"text": "q"}]]),
