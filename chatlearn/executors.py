@@ -180,11 +180,11 @@ class Evaluator(Executor):
                 fix="evaluate before engine.stop(), or set a new evaluator up on the exported model",
             )
         graph, runtime = program.graphs[self.flow_name], program.config.runtime
-        with numbers_of_its_own(runtime.seed):
-            if self.stage is None:
-                stage = Stage(program.modules, runtime)
+        if self.stage is None:
+            stage = Stage(program.modules, runtime)
+            with numbers_of_its_own(runtime.seed):
                 stage.set_up()
-                self.stage = stage
+            self.stage = stage
         stage = self.stage
         stage.config = runtime  # of now, whatever it was when the modules were set up
         prompts = sum(map(len, self._datasets(stage, graph).values()))
@@ -265,8 +265,7 @@ class Evaluator(Executor):
     def _datasets(self, stage: Stage, graph: FlowGraph) -> dict[str, Dataset]:
         """Return the datasets that the flow's first module makes, by name; they are made once."""
         names = self.names if len(self.names) > 1 else ()
-        with numbers_of_its_own(stage.config.seed):
-            datasets = stage.eval_datasets(graph, self.rows(), names)
+        datasets = stage.eval_datasets(graph, self.rows(), names)
         return dict(zip(self.names, datasets, strict=True))
 
     def _post_processed(self, results: Results, info: EvalInfo) -> list[str]:

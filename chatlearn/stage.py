@@ -18,7 +18,7 @@ from chatlearn.data.sampler import Draw
 from chatlearn.errors import DataError
 from chatlearn.flow.batching import Batch
 from chatlearn.flow.graph import FlowGraph
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, refuse_running
 from chatlearn.runtime.local import FlowWork, LocalRuntime, Observer, Starting
 from chatlearn.runtime.scheduler import Iterations
 
@@ -30,6 +30,7 @@ class Stage:
 
     def __init__(self, modules: Sequence[BaseModule], runtime: RuntimeConfig) -> None:
         self.modules = list(modules)
+        refuse_running(self.modules)
         self.config = runtime
         self.iterations: Iterations = Counter()
         self.runtime = LocalRuntime(self.modules)
@@ -97,7 +98,8 @@ class Stage:
     ) -> list[Dataset]:
         """Return an evaluation flow's datasets, built when they are first asked for."""
         if self._eval_datasets is None or self._eval_datasets[0] is not rows:
-            built = self.build_datasets(graph, rows, is_eval=True, names=names)
+            with numbers_of_its_own(self.config.seed):
+                built = self.build_datasets(graph, rows, is_eval=True, names=names)
             self._eval_datasets = (rows, built)
         return self._eval_datasets[1]
 

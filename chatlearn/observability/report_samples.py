@@ -71,7 +71,7 @@ def _by_prompt(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
     """Key rows by prompt and how often it stood before; numbers differ between evaluations."""
     keyed: dict[tuple[str, int], Row] = {}
     for row in rows:
-        prompt = str(row.get("prompt", ""))
+        prompt = f"{row.get('namespace', '')} {row.get('prompt', '')}"
         count = 0
         while (prompt, count) in keyed:
             count += 1
@@ -124,6 +124,7 @@ def _completion(row: Row, when: str, scale: tuple[float, float]) -> str:
         chips += f'<span class="chip">advantage {_value(advantage)}</span>'
     if row.get("finish_reason") == "length":
         chips += '<span class="chip warn">cut off at the limit</span>'
+    when = " · ".join(part for part in (row.get("namespace"), when) if part)
     head = f'<span class="when">{escape(when)}</span>' if when else ""
     text = row.get("completion")
     body = '<pre class="none">no completion</pre>'

@@ -12,6 +12,8 @@ from typing import Any, Final, Literal, cast
 from chatlearn import columns
 from chatlearn.observability.jsonl import JsonlFile, Row, json_safe
 
+NAMESPACE: Final = "namespace"
+"""In a row: which policy of several the sample is of."""
 KEPT: Final = (
     columns.UID,
     columns.PROMPT_UID,
@@ -68,18 +70,31 @@ def sample_rows(batches: Batch | Iterable[Batch], limit: int, *, spread: bool = 
     Whole groups come first or, with `spread`, the first sample of every prompt, then the second of every prompt.
     """
     every = [cast("Batch", batches)] if isinstance(batches, Mapping) else list(batches)
-    order: list[tuple[tuple[int, _Key, _Key], int, int, Batch]] = []
-    siblings: Counter[_Key] = Counter()
+    order: list[tuple[tuple[int, _Key, _Key], int, tuple[str, Batch, int]]] = []
+    siblings: Counter[tuple[_Key, str]] = Counter()
     seen = 0
-    for batch in every:
+    for namespace, batch in (view for whole in every for view in _views(whole)):
         text = batch.get(columns.COMPLETION, batch.get(columns.PROMPT))
         for index in range(0 if text is None else len(text)):
             group, uid = _rank(batch, index, seen)
-            order.append(((siblings[group] if spread else 0, group, uid), seen, index, batch))
-            siblings[group] += 1
+            nth = siblings[group, namespace] if spread else 0
+            order.append(((nth, group, uid), seen, (namespace, batch, index)))
+            siblings[group, namespace] += 1
             seen += 1
     chosen = heapq.nsmallest(limit, order, key=lambda entry: entry[:2])
-    return [_row(batch, index) for _, _, index, batch in chosen]
+    return [_row(*where) for _, _, where in chosen]
+
+
+def _views(batch: Batch) -> list[tuple[str, Batch]]:
+    """Return the batch as each of its namespaces sees it (`solver/completion` is `completion`), or as it is."""
+    end = f"/{columns.COMPLETION}"
+    spaces = [name.removesuffix(end) for name in batch if name.endswith(end)]
+    views = [("", batch)] if columns.COMPLETION in batch or not spaces else []
+    for space in spaces:
+        start = f"{space}/"
+        own = {n.removeprefix(start): column for n, column in batch.items() if n.startswith(start)}
+        views.append((space, {**batch, **own}))
+    return views
 
 
 def _rank(batch: Batch, index: int, position: int) -> tuple[_Key, _Key]:
@@ -94,10 +109,11 @@ def _key(uid: Any) -> _Key:
     return (0, plain, "") if isinstance(plain, int | float) else (1, 0, str(plain))
 
 
-def _row(batch: Batch, index: int) -> Row:
+def _row(namespace: str, batch: Batch, index: int) -> Row:
     names = [name for name in KEPT if name in batch]
     parts = [name for name in batch if name.startswith(PART)]
-    return {name: _rounded(json_safe(batch[name][index])) for name in (*names, *parts)}
+    row = {name: _rounded(json_safe(batch[name][index])) for name in (*names, *parts)}
+    return {NAMESPACE: namespace, **row} if namespace else row
 
 
 def _rounded(value: Any) -> Any:

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import chatlearn
 from chatlearn import BaseModule, Engine, Environment, Evaluator, Trainer
 from chatlearn.errors import ConfigError, OutputError
 from chatlearn.observability.jsonl import JsonlFile, json_safe, read_rows
 from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
+from chatlearn.observability.report_samples import samples_html
 from chatlearn.observability.run_folder import RunFolder
 from chatlearn.observability.trackers import TensorBoardTracker
 from chatlearn.observability.transcripts import TranscriptLog, sample_rows
@@ -221,6 +223,35 @@ class TestTranscripts:
             (0, "eval", 0),
             (0, "eval", 2),  # of the next prompt
         ]
+
+    def test_policies_of_several_namespaces_have_samples_of_their_own(self):
+        columns = {
+            "prompt_uid": torch.tensor([0, 0]),
+            "uid": torch.tensor([0, 1]),
+            "prompt": ["p", "p"],
+            "namespace": [{}, {}],  # a column of the user's own
+            "solver/completion": ["a", "b"],
+            "solver/rewards": torch.tensor([1.0, 0.0]),
+            "proposer/prompt": ["q", "q"],
+            "proposer/completion": ["c", "d"],
+            "proposer/rewards/exact": [0.5, 0.5],
+        }
+        keys = ("namespace", "uid", "prompt", "completion", "rewards", "rewards/exact")
+        rows = [tuple(row.get(key) for key in keys) for row in sample_rows(columns, 3)]
+        assert rows == [
+            ("solver", 0, "p", "a", 1.0, None),
+            ("proposer", 0, "q", "c", None, 0.5),
+            ("solver", 1, "p", "b", 0.0, None),
+        ]
+        spread = sample_rows(columns, 3, spread=True)
+        assert [(row["namespace"], row["uid"]) for row in spread] == [
+            ("solver", 0),
+            ("proposer", 0),
+            ("solver", 1),
+        ]
+        page = samples_html([{"episode": 1, "phase": "train", **row} for row in spread])
+        assert "solver" in page
+        assert "proposer" in page
 
 
 class TestRunFolder:
