@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 import json
 import random
 from collections import Counter
@@ -154,13 +156,63 @@ def test_modules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     checkpoints.load(path, [Module("other", nn.Linear(2, 2))])
 
 
-@pytest.mark.parametrize("value", [object(), {"deep": [np.float32(1)]}, Path("x")])
+class Kind(enum.StrEnum):
+    A = "a"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        {"deep": [np.float32(1)]},
+        Path("x"),
+        Kind.A,  # a text, but of a class that would have to be unpickled
+        collections.namedtuple("Pair", "a b")(1, 2),
+        collections.defaultdict(list),
+        {Path("key"): 1},
+    ],
+)
 def test_state_that_could_not_be_loaded_again_is_refused_at_once(
     tmp_path: Path, value: Any
 ) -> None:
     with pytest.raises(CheckpointError, match="module 'm' holds a"):
         save(tmp_path, Module(x=value))
     assert checkpoints.newest(tmp_path) is None
+
+
+def test_what_is_not_refused_can_be_loaded(tmp_path: Path) -> None:
+    values = [1, 2.5, True, None, "é", b"x", 1j, 2**80, torch.float16, torch.ones(2, 0)]
+    state = {
+        "values": [*values, torch.nn.Parameter(torch.ones(1)), torch.Size([1]), bytearray(b"x")],
+        "containers": [(1, {2}), {(1, "a"): {}}, collections.OrderedDict(a=[]), Counter("ab")],
+    }
+    path = save(tmp_path, Module(**state))
+    loaded = Module()
+    checkpoints.load(path, [loaded])
+    assert str(loaded.state) == str(state)
+
+
+def test_episodes_kept_for_replay(tmp_path: Path) -> None:
+    kept = [{"episode_id": 3, "columns": {"x": torch.ones(2), "y": ["a", {"b": (1, None)}]}}]
+    path = checkpoints.save(tmp_path, RunState(episode=4), [], with_weights=[], replay=kept)
+    assert str(checkpoints.load_replay(path)) == str(kept)
+    assert checkpoints.load_replay(save(tmp_path)) is None
+    file = path / "replay.pt"
+    content = file.read_bytes()
+    file.write_bytes(content[:-9])
+    with pytest.raises(CheckpointError, match=r"replay\.pt has"):
+        checkpoints.check(path)
+    file.write_bytes(b"\xff" * len(content))
+    with pytest.raises(CheckpointError, match="damaged") as raised:
+        checkpoints.load_replay(path)
+    assert "replay.pt" in raised.value.place
+
+
+def test_checking_reads_no_large_file(tmp_path: Path) -> None:
+    state = RunState(episode=1, datasets=[{"rows": 2, "sha256": "x"}], replay={"a": 1})
+    path = checkpoints.save(tmp_path, state, [Module(x=1)], with_weights=["m"])
+    (path / "rng.pt").write_bytes(b"\xff" * (path / "rng.pt").stat().st_size)
+    assert checkpoints.check(path) == state
 
 
 @pytest.mark.parametrize(
