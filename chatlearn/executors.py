@@ -190,8 +190,7 @@ class Evaluator(Executor):
         prompts = sum(map(len, self._datasets(stage, graph).values()))
         samples = prompts * runtime.eval_num_inference_per_prompt
         with EvaluationProgress(samples, len(graph.nodes)) as display:
-            stage.show_tokens(display.tick)
-            try:
+            with stage.showing_tokens(display.tick):
                 results = self.run(
                     stage,
                     graph,
@@ -200,8 +199,6 @@ class Evaluator(Executor):
                     observer=display.advance,
                     note=display.note,
                 )
-            finally:
-                stage.show_tokens(None)
             display.evaluated(self.metrics)
         return results
 

@@ -50,11 +50,18 @@ class Stage:
         self.runtime.set_up(anew=anew)
         seed_all(_derived(self.config.seed, "run"))
 
-    def show_tokens(self, tick: Callable[[int], None] | None) -> None:
-        """Have every module tell `tick` of the tokens that a call under way produces; None ends it."""
-        for workers in self.runtime.workers.values():
-            for worker in workers:
-                worker.module.progress = tick
+    @contextmanager
+    def showing_tokens(self, tick: Callable[[int], None]) -> Generator[None]:
+        """Within the block, have every module tell `tick` of the tokens that a call under way produces."""
+        modules = [w.module for workers in self.runtime.workers.values() for w in workers]
+        before = [module.progress for module in modules]
+        for module in modules:
+            module.progress = tick
+        try:
+            yield
+        finally:
+            for module, progress in zip(modules, before, strict=True):
+                module.progress = progress
 
     def build_datasets(
         self,

@@ -518,6 +518,67 @@ def test_several_samples_of_a_prompt_are_drawn_independently() -> None:
     assert evaluator.metrics["reward/avg@4"] == pytest.approx(evaluator.metrics["reward/rewards"])
 
 
+class Weight(BaseModule):
+    """One weight: a source trains it, a destination reports it; `setup()` makes it 0."""
+
+    def setup(self) -> None:
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+
+    def train_step(self, data_list: list[Batch], iteration: int) -> None:
+        with torch.no_grad():
+            self.model.weight += 1
+
+    def forward_step(self, data: Batch) -> Batch:
+        assert self.model is not None
+        data["weight"] = [self.model.weight.item()] * len(data["uid"])
+        return data
+
+    eval_step = forward_step
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_evaluations_in_and_after_training_see_what_was_learned(replicas: int) -> None:
+    runtime(
+        {"policy": {"num_replica": replicas}},
+        num_episode=2,
+        generation_batch_size=1,
+        enable_eval_before_training=True,
+    )
+    learner, sampler, other, seen = Weight("learner"), Weight("policy"), Step("other"), []
+    evaluator = Evaluator(lambda x: sampler.eval_step(x)).set_dataset(["a", "b", "c"])
+    evaluator.set_post_process_func(lambda r, i: seen.append(column(r["policy"], "weight")))
+    env = Environment(lambda x: sampler.forward_step(x))
+    engine = Engine(env, Trainer(lambda x: learner.train_step(x)), evaluator)
+    with engine.set_parameter_sync(learner, sampler).set_dataset(PROMPTS):
+        engine.learn()
+        engine.eval()
+        assert seen == [[0.0] * 3, [1.0] * 3, [2.0] * 3, [2.0] * 3]
+        later = Evaluator(lambda x: other.eval_step(sampler.eval_step(x))).set_dataset(["a", "b"])
+        results = engine.set_evaluator(later).eval()
+        assert column(results["other"], "weight") == [2.0, 2.0]
+
+
+def test_an_evaluation_within_a_hook_leaves_the_run_s_display_alone() -> None:
+    step, inner, told = Step("step"), [], []
+
+    def process(results: Any, info: Any) -> None:
+        told.append(step.progress)
+        if not inner:
+            inner.append(True)
+            evaluator.eval()
+        told.append(step.progress)
+
+    evaluator = Evaluator(lambda x: step.eval_step(x)).set_dataset(["e"])
+    env = Environment(lambda x: step.forward_step(x))
+    Engine(env, None, evaluator.set_post_process_func(process)).set_dataset(PROMPTS).learn()
+    outer = [told[0], told[-1]]
+    assert outer[0] is not None
+    assert outer[0] == outer[1]
+    assert told[1] != told[0]
+    assert step.progress is None
+
+
 def test_metrics_stand_in_every_place(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
