@@ -12,7 +12,7 @@ from chatlearn.config import Config
 from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowError, OutputError
 from chatlearn.flow.trace import check_names
-from chatlearn.module import resolve_config, resolved_config
+from chatlearn.module import call_hook, resolve_config, resolved_config
 from chatlearn.program import Executor, Program, SyncPair
 from chatlearn.program_checks import check_data, check_placement, check_replay, check_syncs
 from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
@@ -76,7 +76,7 @@ def _check_modules(program: Program) -> None:
         except ChatLearnError as error:
             program.problems.append(error)
         else:
-            program.problems += module.check_config()
+            program.problems += call_hook(module, "check_config") or ()
     if len(program.graphs) == _count_executors(program):
         has_training = program.environment is not None or program.trainer is not None
         names = [module.name for module in program.modules]

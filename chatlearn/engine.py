@@ -13,7 +13,7 @@ from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import EngineError
 from chatlearn.executors import Datasets, Environment, Evaluator, Trainer
 from chatlearn.inspection import intercept
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, refuse_running
 from chatlearn.program import Program, SyncPair, raise_problems
 from chatlearn.run import Run, RunResult
 from chatlearn.stage import Results, Stage
@@ -111,7 +111,10 @@ class Engine:
         """Carry the weights of `source` to `destination` before the first and after every due episode."""
         for module in (source, destination):
             if not isinstance(module, BaseModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise EngineError(f"set_parameter_sync takes two modules, not {module!r}")
+                raise EngineError(
+                    f"set_parameter_sync takes two modules, not {module!r}",
+                    fix="write engine.set_parameter_sync(trainer, policy), the one that learns first",
+                )
         self._sync_pairs.append((source, destination))
         return self
 
@@ -123,7 +126,8 @@ class Engine:
         """
         if not callable(sampler):
             raise EngineError(
-                f"set_replay_sampler takes a function of the buffers, not {sampler!r}"
+                f"set_replay_sampler takes a function of the buffers, not {sampler!r}",
+                fix="write def sampler(buffers): ... that returns the samples to train on",
             )
         self._replay_sampler = sampler
         return self
@@ -166,6 +170,7 @@ class Engine:
     def _checked(self) -> Program:
         program = self.check()
         raise_problems(program.problems)
+        refuse_running(program.modules)
         return program
 
     def _set_stage(self, program: Program) -> Stage:

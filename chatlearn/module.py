@@ -9,7 +9,7 @@ recorded too, and `super().forward_step(...)` inside a method never is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard, c
 
 from chatlearn.config import Config as RunConfig
 from chatlearn.config import ModuleConfig, active
-from chatlearn.errors import ChatLearnError, ConfigError
+from chatlearn.errors import ChatLearnError, ConfigError, EngineError, ModuleError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +59,8 @@ class ModuleState:
     """Columns of the current call that came from the module's namespace, as the module calls them."""
     is_set_up: bool = False
     """Whether `setup()` has run since the module was last released."""
+    is_running: bool = False
+    """Whether a `learn()` under way uses the module."""
 
 
 def state_of(module: BaseModule) -> ModuleState:
@@ -227,10 +229,18 @@ class BaseModule:
         self, key: str, value: float, side: Literal["left", "right"] = "right"
     ) -> None:
         """Have column `key` of ragged tensors padded with `value` on `side` whenever this module receives it."""
+        place = f"add_padding_config({key!r}) of module {self.name!r}"
         if side not in ("left", "right"):
             raise ConfigError(
                 f"padding side must be 'left' or 'right', not {side!r}",
-                place=f"add_padding_config({key!r}) of module {self.name!r}",
+                place=place,
+                fix="say which end of a sequence is filled up",
+            )
+        if not isinstance(value, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"a padding value is one number, not {value!r}",
+                place=place,
+                fix="give the number to fill up with, e.g. the tokenizer's pad_token_id",
             )
         state_of(self).padding[key] = (value, side)
 
@@ -244,6 +254,35 @@ _HOOKS = frozenset(
 def has_model(module: BaseModule) -> TypeGuard[_WithModel]:
     """Tell whether `self.model` is a torch module (a user may keep a path, or an engine of another kind there)."""
     return hasattr(module.model, "state_dict") and hasattr(module.model, "named_parameters")
+
+
+def call_hook(module: BaseModule, name: str, *args: Any) -> Any:
+    """Call a hook where no worker does (weights, checks); what it raises names the module."""
+    try:
+        return getattr(module, name)(*args)
+    except ChatLearnError:
+        raise
+    except Exception as error:
+        raise ModuleError(
+            f"{type(error).__name__}: {error}\n  module: {module.name} ({type(module).__name__})\n"
+            f"  method: {name}\n  replica: {module.replica_id}"
+        ) from error
+
+
+def mark_running(modules: Iterable[BaseModule], is_running: bool) -> None:
+    """Say of modules that a `learn()` uses them, or no longer."""
+    for module in modules:
+        state_of(module).is_running = is_running
+
+
+def refuse_running(modules: Iterable[BaseModule]) -> None:
+    """Refuse modules that a `learn()` under way uses: it would find them set up anew under its feet."""
+    for module in modules:
+        if state_of(module).is_running:
+            raise EngineError(
+                f"module {module.name!r} belongs to a learn() that is still under way",
+                fix="let it end first, or give the other engine modules of its own",
+            )
 
 
 def _as_float(value: Any) -> float:
@@ -312,11 +351,20 @@ def _traceable(function: Callable[..., Any], method: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(self: BaseModule, *args: Any, **kwargs: Any) -> Any:
         tracer = ACTIVE_TRACER.get()
-        if tracer is not None and tracer.is_symbolic(args, kwargs):
+        if tracer is None:
+            _refuse_leaked(method, args, kwargs)
+        elif tracer.is_symbolic(args, kwargs):
             return tracer.record(self, method, args, kwargs)
         return function(self, *args, **kwargs)
 
     return call
+
+
+def _refuse_leaked(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Outside a trace a symbolic value means nothing: it was kept from a flow that was traced before."""
+    for value in (*args, *kwargs.values()):
+        if (refuse := getattr(cast("object", type(value)), "refuse_outside", None)) is not None:
+            refuse(value, method)
 
 
 def _traceable_static(function: Callable[..., Any], method: str) -> Callable[..., Any]:

@@ -22,10 +22,15 @@ def check_syncs(program: Program) -> None:
             if program.graphs and module not in program.modules:
                 raise FlowError(
                     f"set_parameter_sync names {module!r}, which stands in no flow",
+                    place="set_parameter_sync",
                     fix="call it in a flow, or take the pair away",
                 )
         if source is destination:
-            raise FlowError(f"set_parameter_sync pairs {source!r} with itself")
+            raise FlowError(
+                f"set_parameter_sync pairs {source!r} with itself",
+                place="set_parameter_sync",
+                fix="take the pair away: a module has its own weights already",
+            )
     pairs = list(dict.fromkeys(program.sync_pairs))
     program.notes += [
         f"set_parameter_sync({_arrow(pair)}) is given {times} times and carried once"

@@ -21,7 +21,7 @@ from chatlearn.data.sampler import PromptSampler
 from chatlearn.episode import EpisodeFlows
 from chatlearn.executors import EvalInfo, Evaluator
 from chatlearn.interruption import Interruption
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, call_hook, mark_running
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
 from chatlearn.runtime.local import Outcome
@@ -81,6 +81,7 @@ class Run:
         self._checkpointing = Checkpointing(self.program, self.stage)
         self._checkpointing.check_named()
         self._recorder = Recorder(self.program.config, goes_on=self._checkpointing.goes_on_in)
+        mark_running(self.stage.modules, True)
         try:
             self._begin()
         except BaseException as error:
@@ -197,6 +198,7 @@ class Run:
             self._recorder.note(f"what was done could not be saved: {error}")
 
     def _end(self, error: BaseException | None) -> None:
+        mark_running(self.stage.modules, False)
         self._show_progress_of_calls(None)
         if self._syncs is not None:
             self._syncs.release()
@@ -212,7 +214,7 @@ class Run:
         for module in trainers:
             folder = target if len(trainers) == 1 else target / module.name
             with self._recorder.phase("exporting"):
-                module.export_model(folder)
+                call_hook(module, "export_model", folder)
             self._recorder.note(f"model of {module.name}: {folder}")
 
     # ---- the steps of an episode ----------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from chatlearn.checkpoint.state import RunState
 from chatlearn.errors import CheckpointError
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, call_hook
 
 _LATEST = "latest"
 _OLDER = "resume from an older one with runtime.resume=<path>"
@@ -173,10 +173,12 @@ def _clear(root: Path) -> None:
 def _save_module(folder: Path, module: BaseModule, with_weights: bool) -> None:
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-    state: Mapping[str, Any] = module.state_dict() if with_weights and not module.replica_id else {}
+    state: Mapping[str, Any] = (
+        call_hook(module, "state_dict") if with_weights and not module.replica_id else {}
+    )
     weights = _unshared({k: v for k, v in state.items() if isinstance(v, Tensor)})
     plain = {name: value for name, value in state.items() if name not in weights}
-    training: dict[str, Any] = {"training": module.training_state(), "plain": plain}
+    training: dict[str, Any] = {"training": call_hook(module, "training_state"), "plain": plain}
     _refuse_unloadable(training, module)
     if weights or any(training.values()):
         folder.mkdir(parents=True, exist_ok=True)

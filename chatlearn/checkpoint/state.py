@@ -71,10 +71,22 @@ class RunState:
                 fix="name a folder that holds checkpoint.json",
             ) from None
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint is damaged: {error}", place=str(path)) from error
-        if values.pop("format", None) != FORMAT:
-            raise CheckpointError("the checkpoint has another format", place=str(path))
+            raise _damaged(error, path) from error
         try:
+            if values.pop("format", None) != FORMAT:
+                raise CheckpointError(
+                    "the checkpoint has another format",
+                    place=str(path),
+                    fix="resume with the version that wrote it, or start anew with runtime.resume=never",
+                )
             return cls(**values)
-        except TypeError as error:
-            raise CheckpointError(f"the checkpoint is damaged: {error}", place=str(path)) from error
+        except (TypeError, AttributeError) as error:
+            raise _damaged(error, path) from error
+
+
+def _damaged(error: Exception, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint is damaged: {error}",
+        place=str(path),
+        fix="resume from an older one beside it: runtime.resume=<folder>",
+    )

@@ -69,9 +69,13 @@ class Feed:
     def _collated(dataset: Dataset, rows: list[Any]) -> Batch:
         collate_fn = getattr(dataset, "collate_fn", None)
         place = f"{type(dataset).__name__}.collate_fn"
-        made = collate(rows) if collate_fn is None else _guarded(place, collate_fn, rows)
+        made = (
+            collate(rows, type(dataset).__name__)
+            if collate_fn is None
+            else _guarded(place, collate_fn, rows)
+        )
         batch = isolate(normalise(made, place))
-        if size(batch) not in (0, len(rows)):
+        if collate_fn is not None and size(batch) != len(rows):
             raise DataError(
                 f"collate_fn made {size(batch)} samples of {len(rows)} rows",
                 place=place,

@@ -37,7 +37,11 @@ def normalise(output: object, place: str) -> Batch:
     batch: Batch = {}
     for key, value in cast("Mapping[Any, Any]", output).items():
         if not isinstance(key, str):
-            raise BatchError(f"column names are strings, not {key!r}", place=place)
+            raise BatchError(
+                f"column names are strings, not {key!r}",
+                place=place,
+                fix='return e.g. {"rewards": rewards}',
+            )
         batch[key] = _column(key, value, place)
     sizes = {key: len(column) for key, column in batch.items()}
     if len(set(sizes.values())) > 1:
@@ -142,8 +146,12 @@ def samples(batch: Batch) -> list[dict[str, Any]]:
     return [{key: column[i] for key, column in batch.items()} for i in range(size(batch))]
 
 
-def collate(rows: Sequence[Any]) -> Batch:
+def collate(rows: Sequence[Any], place: str = "") -> Batch:
     """Make a batch of samples that are dicts: numbers and equal-shaped tensors are stacked, the rest stays a list.
+
+    Args:
+        rows: the samples.
+        place: whose they are, for errors.
 
     Raises:
         BatchError: a sample is no dict, or the samples have different columns.
@@ -155,12 +163,15 @@ def collate(rows: Sequence[Any]) -> Batch:
         if not isinstance(row, dict):
             raise BatchError(
                 f"a dataset's sample must be a dict, not {type(row).__name__}",
+                place=place,
                 fix="return a dict from __getitem__, or give the dataset a collate_fn",
             )
         columns = cast("dict[str, Any]", row)
         if columns.keys() != first.keys():
             raise BatchError(
-                f"samples have different columns: {sorted(first)} and {sorted(columns)}"
+                f"samples have different columns: {sorted(first)} and {sorted(columns)}",
+                place=place,
+                fix="give every row of the dataset the same keys",
             )
     return {key: stack([row[key] for row in rows]) for key in first}
 
@@ -216,10 +227,17 @@ def pad(batch: Batch, padding: Padding) -> Batch:
     for key, (value, side) in padding.items():
         column = batch.get(key)
         if isinstance(column, list) and column:
-            rows = [torch.as_tensor(row) for row in column]
-            batch[key] = torch.nn.utils.rnn.pad_sequence(
-                rows, batch_first=True, padding_value=value, padding_side=side
-            )
+            try:
+                rows = [torch.as_tensor(row) for row in column]
+                batch[key] = torch.nn.utils.rnn.pad_sequence(
+                    rows, batch_first=True, padding_value=value, padding_side=side
+                )
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise BatchError(
+                    f"column {key!r} cannot be padded: {error}",
+                    place=f"add_padding_config({key!r}, {value!r}, {side!r})",
+                    fix="pad columns of tensors (or lists of numbers) that differ in their first dimension only",
+                ) from error
     return batch
 
 

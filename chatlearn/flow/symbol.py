@@ -86,6 +86,14 @@ class Symbol:
             fix="read columns inside a module's step method, where `data` is a real dict",
         )
 
+    def refuse_outside(self, method: str) -> NoReturn:
+        """Refuse to be the argument of a module's method that is called while no flow is traced."""
+        raise FlowError(
+            f"`{method}` was called with {self!r} outside of a flow",
+            place=user_place(),
+            fix="call modules inside the flow function; elsewhere give them a real dict of columns",
+        )
+
     def __format__(self, spec: str) -> str:
         return _refuse_format(self) if spec else repr(self)
 

@@ -217,7 +217,11 @@ class _Trace:
         values = _listed(returned)
         for value in values:
             if not isinstance(value, Symbol) or value.trace is not self or value.node == FEED:
-                what = "its own batch" if isinstance(value, Symbol) else repr(value)
+                is_foreign = isinstance(value, Symbol) and value.trace is not self
+                is_batch = isinstance(value, Symbol) and not is_foreign
+                what = (
+                    "its own batch" if is_batch else f"{value!r}{' of another flow' * is_foreign}"
+                )
                 raise FlowError(
                     f"the flow {self.name} returns {what}, which is no output of a node",
                     place=place,
@@ -289,7 +293,11 @@ def _named_arguments(
 
 def _check_signature(flow: Flow, name: str) -> None:
     if not callable(flow):
-        raise FlowError(f"a flow must be a function of one batch, not {flow!r}")
+        raise FlowError(
+            f"a flow must be a function of one batch, not {flow!r}",
+            place=user_place(),
+            fix=f"write `def {name}(batch): ...` and give the function itself",
+        )
     place = _place_of(flow)
     if inspect.iscoroutinefunction(flow) or inspect.isgeneratorfunction(flow):
         raise FlowError(

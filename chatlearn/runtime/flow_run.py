@@ -79,7 +79,11 @@ class FlowRun:
         for spec in nodes:
             space = self._input_space(spec)
             self.nodes.append(_NodeRun(spec, space, _Space() if spec.filters else space))
-        self._outlet_space = self._common_space(self._outputs, "what the flow returns")
+        self._outlet_space = self._common_space(
+            self._outputs,
+            "what the flow returns",
+            self.nodes[self._outputs[-1]].spec.place if outputs else "",
+        )
         self._consumers: dict[int, list[int]] = {}
         for spec in nodes:
             for source in (*spec.inputs, *spec.after):
@@ -148,13 +152,13 @@ class FlowRun:
     def _input_space(self, spec: NodeSpec) -> _Space:
         return self._common_space(spec.inputs, f"the inputs of {spec.name}", spec.place)
 
-    def _common_space(self, sources: Sequence[int], what: str, place: str = "") -> _Space:
+    def _common_space(self, sources: Sequence[int], what: str, place: str) -> _Space:
         spaces = [self._feed if s == FEED else self.nodes[s].out_space for s in sources] or [
             self._feed
         ]
         if any(space is not spaces[0] for space in spaces):
             raise FlowError(
-                f"{what} {'lie' if place else 'lies'} on both sides of a filter, so their samples do not correspond",
+                f"both sides of a filter meet in {what}, so their samples do not correspond",
                 place=place,
                 fix="take all of it from before, or all from behind the filter",
             )

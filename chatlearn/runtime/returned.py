@@ -21,7 +21,7 @@ def step_output(value: Any, sizes: Sequence[int], place: str) -> list[Batch]:
     parts = cast("list[Any]", value) if isinstance(value, list) else []
     if len(parts) != len(sizes):
         kind = type(cast("object", value)).__name__
-        what = f"{len(parts)} micro-batches" if parts else kind
+        what = f"{len(parts)} micro-batches" if isinstance(value, list) else f"a {kind}"
         raise BatchError(
             f"the step returned {what} for {len(sizes)} micro-batches, but another node takes its output",
             place=place,

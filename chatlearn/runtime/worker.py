@@ -99,8 +99,11 @@ class Worker:
         leaving = None
         if (namespace := resolved_config(self.module).namespace) is not None:
             data, leaving = self._enter(data, namespace)
-        for batch in data if isinstance(data, list) else [data]:
-            pad(batch, padding)
+        try:
+            for batch in data if isinstance(data, list) else [data]:
+                pad(batch, padding)
+        except ChatLearnError as error:
+            raise self._error(method, error, where) from error
         if method not in self._takes_iteration:
             parameters = inspect.signature(getattr(self.module, method)).parameters
             self._takes_iteration[method] = "iteration" in parameters
@@ -162,6 +165,7 @@ class Worker:
             if leaving is not None:
                 value = leaving(value)
         except Exception as error:
+            state_of(self.module).metrics.clear()
             raise self._error(method, error, where) from error
         logged = state_of(self.module).metrics
         metrics = reduce_metrics(logged) if logged else {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from chatlearn.errors import SyncError
-from chatlearn.module import BaseModule, has_model
+from chatlearn.module import BaseModule, call_hook, has_model
 from chatlearn.weights.plan import plan_sync
 
 
@@ -79,7 +79,9 @@ class ParameterSync:
     @property
     def moves_nothing(self) -> bool:
         """Whether neither side has any parameters (yet)."""
-        return not self._source.state_dict() and not any(_receives(d) for d in self._destinations)
+        return not call_hook(self._source, "state_dict") and not any(
+            _receives(d) for d in self._destinations
+        )
 
     def run(self) -> SyncReport:
         """Bring every destination to the source's weights, and prove that they arrived.
@@ -88,10 +90,10 @@ class ParameterSync:
             SyncError: names or shapes do not match, or a tensor differs after the sync.
         """
         start = time.perf_counter()
-        source = self._source.state_dict()
+        source = call_hook(self._source, "state_dict")
         total = 0
         for destination in self._destinations:
-            if self._shared and not _aliases(source, destination.state_dict()):
+            if self._shared and not _aliases(source, call_hook(destination, "state_dict")):
                 self._shared = self._share = False  # the source made new tensors: copy from now on
                 _own_storage(destination)
             if self._share and not self._shared:
@@ -113,11 +115,11 @@ class ParameterSync:
                 fix="make self.model in setup(), or override state_dict() and load_state_dict()",
             )
         keeps = type(destination).load_state_dict is not BaseModule.load_state_dict
-        own = destination.state_dict()
+        own = call_hook(destination, "state_dict")
         if own and not keeps:  # an overridden one may map names
             plan_sync(source, own, pair=self.pair)
         with torch.no_grad():  # a load_state_dict of the user's may keep what it is given
-            destination.load_state_dict(isolate_state(source) if keeps else source)
+            call_hook(destination, "load_state_dict", isolate_state(source) if keeps else source)
 
     def _try_to_share(self, source: Mapping[str, Any], destination: BaseModule) -> bool:
         """Point the destination's parameters at the source's storage, if both are plain modules alike in all."""
@@ -130,7 +132,7 @@ class ParameterSync:
         )
         if not plain:
             return False
-        target = destination.state_dict()
+        target = call_hook(destination, "state_dict")
         plan_sync(source, target, pair=self.pair)
         alike = all(
             isinstance(t, Tensor) and t.dtype == source[n].dtype and t.device == source[n].device
@@ -144,13 +146,13 @@ class ParameterSync:
         for name, buffer in destination.model.named_buffers():
             if name in source:
                 buffer.set_(source[name])  # pyright: ignore[reportArgumentType]
-        if _aliases(source, destination.state_dict()):
+        if _aliases(source, call_hook(destination, "state_dict")):
             return True
         _own_storage(destination)  # e.g. tied on one side only
         return False
 
     def _verify(self, source: Mapping[str, Any], destination: BaseModule) -> int:
-        arrived = destination.state_dict()
+        arrived = call_hook(destination, "state_dict")
         moved = 0
         for name, tensor in arrived.items():
             if name not in source:
@@ -179,7 +181,7 @@ class ParameterSync:
 def _receives(module: BaseModule) -> bool:
     """Tell whether a module can take parameters: it has some, or its own way of loading them."""
     overridden = type(module).load_state_dict is not BaseModule.load_state_dict
-    return overridden or bool(module.state_dict())
+    return overridden or bool(call_hook(module, "state_dict"))
 
 
 def isolate_state(state: Mapping[str, Any]) -> dict[str, Any]:
