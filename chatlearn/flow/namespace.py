@@ -94,7 +94,7 @@ def _doors(names: Iterable[str], namespace: str, writes: Collection[str]) -> dic
             doors[name] = name
         else:
             doors[OUTER + name] = name
-            if name in writes and name not in own:
+            if name in writes and name not in own and not name.startswith(OUTER):
                 doors[name] = f"{namespace}/{name}"
     return doors
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chatlearn
@@ -111,6 +111,7 @@ names = st.text("ntw./", min_size=1, max_size=7) | st.sampled_from(
 )
 
 
+@settings(deadline=None, max_examples=300)
 @given(st.lists(names, unique=True, max_size=9), st.sets(names, max_size=4), st.data())
 def test_what_goes_in_comes_out_the_same(outside: list[str], writes: set[str], data: Any) -> None:
     """Through any filter, with every other column replaced, what was plain comes back as it was."""
@@ -130,6 +131,12 @@ def test_what_goes_in_comes_out_the_same(outside: list[str], writes: set[str], d
         else:
             assert out[name].tolist() == column[kept].tolist(), name
     assert all(name in batch or name.startswith("n/") for name in out)
+
+
+def test_a_declaration_cannot_reach_outside() -> None:
+    """Found by the test above: two columns left as `n/../a`."""
+    entered = {"../a": [1], "n/../a": [2]}
+    assert leave(enter(entered, "n", {"../a"}), entered, "n", {"../a"}) == entered
 
 
 def test_what_is_no_batch_leaves_as_it_is() -> None:
