@@ -47,6 +47,7 @@ class _NodeRun:
     finished: int = 0
     ranges: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     """Finished calls as (start, stop, call id) in the output space, sorted."""
+    range_starts: list[int] = field(default_factory=list[int])
     unplaced: dict[int, tuple[int, tuple[int, ...]]] = field(
         default_factory=dict[int, tuple[int, tuple[int, ...]]]
     )
@@ -61,6 +62,15 @@ class _NodeRun:
     def complete(self) -> bool:
         planned_all = self.space.closed and self.planned == len(self.space.uids)
         return planned_all and self.finished == len(self.tasks)
+
+    def add_range(self, at: int, start: int, stop: int, call: int) -> None:
+        """Take note of what a finished call holds of the output space."""
+        self.ranges.insert(at, (start, stop, call))
+        self.range_starts.insert(at, start)
+
+    def range_at(self, position: int) -> int:
+        """Return the index of the last range that begins at or before `position` (0 if none does)."""
+        return max(bisect_right(self.range_starts, position) - 1, 0)
 
 
 class FlowRun:
@@ -109,8 +119,7 @@ class FlowRun:
             if node.complete:  # which may close spaces far downstream
                 yield from self._startable()
             return
-        at = bisect_left(node.ranges, (task.start, task.stop, call))
-        node.ranges.insert(at, (task.start, task.stop, call))
+        node.add_range(bisect_left(node.range_starts, task.start), task.start, task.stop, call)
         yield from self._released(node, task.start, task.stop)
 
     def inputs(self, task: Task) -> tuple[tuple[Piece, ...], ...]:
@@ -130,10 +139,11 @@ class FlowRun:
         """Return the samples, in order, for which all returned nodes have finished since the last call, if any."""
         if not self._outputs:
             return None
-        start = self._delivered
-        stop = min(self._prefix(output, start) for output in self._outputs)
-        if stop == start:
-            return None
+        start, stop = self._delivered, len(self._outlet_space.uids)
+        for output in self._outputs:
+            stop = min(stop, self._prefix(output, start))
+            if stop == start:
+                return None
         self._delivered = stop
         pieces = tuple(self._pieces(output, start, stop) or () for output in self._outputs)
         return start, stop, pieces, self._outlet_space.uids[start:stop]
@@ -223,7 +233,7 @@ class FlowRun:
         if source == FEED:
             return (Piece(FEED, start, stop),)
         ranges = self.nodes[source].ranges
-        at = max(bisect_right(ranges, start, key=lambda r: r[0]) - 1, 0)
+        at = self.nodes[source].range_at(start)
         pieces: list[Piece] = []
         position = start
         while position < stop:
@@ -239,7 +249,7 @@ class FlowRun:
     def _prefix(self, source: int, start: int) -> int:
         """Return up to where, from `start` on, a node's output is complete."""
         ranges = self.nodes[source].ranges
-        at = max(bisect_right(ranges, start, key=lambda r: r[0]) - 1, 0)
+        at = self.nodes[source].range_at(start)
         position = start
         while at < len(ranges) and ranges[at][0] <= position < ranges[at][1]:
             position = ranges[at][1]
@@ -278,7 +288,7 @@ class FlowRun:
             space.uids += [node.space.uids[source.start + i] for i in kept]
             space.groups += [node.space.groups[source.start + i] for i in kept]
             if kept:
-                node.ranges.append((start, start + len(kept), call))
+                node.add_range(len(node.ranges), start, start + len(kept), call)
             node.placed += 1
         self._grown(node)
 
