@@ -14,7 +14,13 @@ import chatlearn
 from chatlearn import BaseModule, ConfigError, ModuleError
 from chatlearn.errors import BatchError, RewardError
 from chatlearn.flow.namespace import enter, leave, leave_all, own_columns, own_row
-from chatlearn.models import FunctionReward, GroupAdvantage, PolicyInference
+from chatlearn.models import (
+    FunctionReward,
+    GroupAdvantage,
+    PolicyInference,
+    PolicyReference,
+    PolicyTrainer,
+)
 from chatlearn.module import resolve_config
 from chatlearn.rewards.function import Scorer, parameter_names
 from chatlearn.runtime.worker import EventLoop, Where, Worker
@@ -273,6 +279,20 @@ def test_rewards_and_advantages_of_two_players() -> None:
     assert data["b/rewards"].tolist() == [0, 1]
     assert data["a/advantages"].tolist() == pytest.approx([-0.7071, 0.7071], abs=1e-3)
     assert not {"rewards", "advantages", "rewards/length"} & set(data)
+
+
+def test_log_probs_of_two_players() -> None:
+    ids = [torch.tensor([5, 6])]
+    data: Batch = {"uid": [0]} | {f"{p}/{c}_ids": ids for p in "ab" for c in ("prompt", "response")}
+    for player in ("a", "b"):
+        for kind in (PolicyTrainer, PolicyReference):
+            module = kind(player, namespace=player, model=tiny_pair)
+            worker = Worker(module, EventLoop())
+            worker.set_up()
+            data = worker.step("forward_step", data, 0, {}, Where()).value
+    assert {name for name in data if name.endswith("logprobs")} == {
+        "a/old_logprobs", "b/old_logprobs", "a/ref_logprobs", "b/ref_logprobs",
+    }  # fmt: skip
 
 
 def lengths(completions: list[str]) -> list[int]:
