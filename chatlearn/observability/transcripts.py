@@ -75,8 +75,10 @@ def sample_rows(batches: Batch | Iterable[Batch], limit: int, *, spread: bool = 
     seen = 0
     for namespace, batch in (view for whole in every for view in _views(whole)):
         text = batch.get(columns.COMPLETION, batch.get(columns.PROMPT))
-        for index in range(0 if text is None else len(text)):
-            group, uid = _rank(batch, index, seen)
+        count = 0 if text is None else len(text)
+        uids = _keys(batch.get(columns.UID, range(seen, seen + count)))
+        groups = _keys(batch[columns.PROMPT_UID]) if columns.PROMPT_UID in batch else uids
+        for index, group, uid in zip(range(count), groups, uids, strict=False):
             nth = siblings[group, namespace] if spread else 0
             order.append(((nth, group, uid), seen, (namespace, batch, index)))
             siblings[group, namespace] += 1
@@ -97,10 +99,10 @@ def _views(batch: Batch) -> list[tuple[str, Batch]]:
     return views
 
 
-def _rank(batch: Batch, index: int, position: int) -> tuple[_Key, _Key]:
-    uid = _key(batch[columns.UID][index] if columns.UID in batch else position)
-    group = batch.get(columns.PROMPT_UID)
-    return (uid if group is None else _key(group[index]), uid)
+def _keys(uids: Any) -> list[_Key]:
+    """Return the keys of a column of uids; a tensor is read as a whole, for there may be thousands."""
+    values = cast("list[Any]", uids.tolist() if hasattr(uids, "tolist") else uids)
+    return [(0, value, "") if type(value) is int else _key(value) for value in values]
 
 
 def _key(uid: Any) -> _Key:
