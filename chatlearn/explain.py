@@ -115,8 +115,8 @@ def _datasets(program: Program, owner: Executor, plan: RunPlan) -> Section:
     rows: list[tuple[str, str]] = []
     for number, size in enumerate(sizes):
         least, most = (f(taken[number] for taken in episodes) for f in (min, max))
-        text = f"{least}" if least == most else f"{least} to {most}"
-        text += f" of {count(prompts, 'prompt')} of an episode"
+        text = f"{least} of" if least == most else f"{least} to {most} of"
+        text = f"{text if len(sizes) > 1 else ''} {count(prompts, 'prompt')} of an episode".lstrip()
         text += f", {whole[number]} of the run = {describe_passes(whole[number], size)} over its {count(size, 'row')}"
         if most > size:
             text += "; it repeats within an episode"
@@ -199,7 +199,7 @@ def _training(program: Program, plan: RunPlan) -> list[tuple[str, str]]:
         begin += f"; the first pass is in order, {'the second' if later == 1 else f'{later} later ones'} shuffled"
         begin += " by (seed, episode, pass)"
     else:
-        begin += "; in order"
+        begin += "; samples in order"
     return [*rows, ("order", begin)]
 
 

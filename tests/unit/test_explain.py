@@ -287,6 +287,10 @@ def test_without_a_trainer_nothing_is_said_of_updates() -> None:
     engine = Engine(Environment(lambda batch: policy.forward_step(batch))).set_dataset(["a"] * 4)
     lines = describe_program(engine.check(), 100)
     assert lines[0] == "1 episode = 4 samples"
+    assert (
+        "  dataset              4 prompts of an episode, 4 of the run = 1 pass over its 4 rows"
+        in lines
+    )
     assert not any("update" in line or "trainer" in line for line in lines)
 
 
