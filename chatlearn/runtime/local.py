@@ -200,6 +200,7 @@ class _Pass:
         self._trainer = trainer
         self._observer = observer
         self._interrupted = interrupted
+        self._takers = _takers(flow.graph) if flow else []
         self._outputs = OutputStore()
         self._step_outputs = OutputStore()
         self._outcome = Outcome()
@@ -261,7 +262,7 @@ class _Pass:
         graph, spec = self._flow.graph, call.node
         node = graph.nodes[spec.index]
         data = self._join(call.inputs, spec.inputs, spec.name)
-        if not all(source == FEED or self._takers(source) == 1 for source in spec.inputs):
+        if not all(source == FEED or self._takers[source] == 1 for source in spec.inputs):
             data = isolate(data)  # others take these samples, too
         result = self._call(call, data, graph)
         place = f"{spec.name}, {node.place}"
@@ -277,7 +278,7 @@ class _Pass:
                 fix="return one entry per sample, or declare `filters_samples = True` on the class",
             )
         samples = len(call.uids) if kept is None else len(kept)
-        self._outputs.put(call.id, output, samples * self._takers(spec.index))
+        self._outputs.put(call.id, output, samples * self._takers[spec.index])
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
         self._report(call, result, len(call.uids), more)
         return Finished(call.id, kept)
@@ -344,13 +345,6 @@ class _Pass:
             return self._flow.feed.batch(piece.start, piece.stop)
         return take(self._outputs.take(piece), piece.start, piece.stop)
 
-    def _takers(self, index: int) -> int:
-        """How often each sample that a node returned will be taken: by nodes, and by whoever the flow delivers to."""
-        assert self._flow is not None
-        graph = self._flow.graph
-        takers = sum(node.inputs.count(index) for node in graph.nodes)
-        return takers + (index in graph.outputs)
-
     @staticmethod
     def _source_name(graph: FlowGraph, source: int) -> str:
         return "batch" if source == FEED else graph.nodes[source].name
@@ -369,6 +363,12 @@ class _Pass:
                 place=place,
                 fix="return a dict of columns from the method (a filter that keeps nothing: empty columns)",
             )
+
+
+def _takers(graph: FlowGraph) -> list[int]:
+    """How often each sample that a node returned will be taken: by nodes, and by whoever the flow delivers to."""
+    taken = [source for node in graph.nodes for source in node.inputs] + list(graph.outputs)
+    return [taken.count(node.index) for node in graph.nodes]
 
 
 def _copy_of(module: BaseModule) -> BaseModule:
