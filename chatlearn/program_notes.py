@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import combinations
 
-from chatlearn.module import resolved_config
+from chatlearn.module import resolved_config, written_columns
 from chatlearn.program import Program
 
 _OF_TRAINING = (
@@ -92,6 +93,7 @@ def note_what_may_surprise(program: Program) -> None:
     """Name what settings do beyond what they seem to."""
     _note_groups(program)
     _note_replay(program)
+    _note_shared_columns(program)
     trainer, env = program.graphs.get("trainer_flow"), program.graphs.get("env_flow")
     trained = trainer.modules if trainer else []
     runtime = program.config.runtime
@@ -106,6 +108,20 @@ def note_what_may_surprise(program: Program) -> None:
         if destination in trained:
             program.notes.append(
                 f"{destination.name} is trained itself, and every sync from {source.name} overwrites what it learned"
+            )
+
+
+def _note_shared_columns(program: Program) -> None:
+    """Name policies that are taught by different trainers and write the same columns."""
+    graph = program.graphs.get("env_flow")
+    taught = [destination for _, destination in program.sync_pairs]
+    policies = [module for module in (graph.modules if graph else ()) if module in taught]
+    for first, second in combinations(policies, 2):
+        same = written_columns(first) & written_columns(second)
+        if same and resolved_config(first).namespace == resolved_config(second).namespace:
+            program.notes.append(
+                f"{first.name} and {second.name} write the same columns ({', '.join(sorted(same))}), and where they "
+                "meet the later ones stay: give every policy and what belongs to it a `namespace` of its own"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,16 @@ def test_without_namespaces_the_same_flow_would_mix_them_up(tmp_path: Path) -> N
     with engine_of(mixed, long(None)) as engine:
         engine.learn()
         assert not equal(learned(mixed), weights)
+
+
+def test_two_policies_without_namespaces_are_noted() -> None:
+    def notes(*players: Player) -> list[str]:
+        found = [note for note in engine_of(*players).check().notes if "same columns" in note]
+        return [note.partition(" (")[0] for note in found]
+
+    assert notes(short(None), long(None)) == ["ann and berta write the same columns"]
+    assert notes(short("x"), long("x")) == ["ann and berta write the same columns"]
+    assert notes(short("a"), long("b")) == notes(short(None), long("b")) == notes(short(None)) == []
 
 
 def test_each_pair_is_synced_at_its_own_pace(tmp_path: Path) -> None:
@@ -285,6 +296,39 @@ def test_a_namespace_that_cannot_hold_is_refused_before_setup() -> None:
     with pytest.raises(ConfigError, match="Silent does not say which columns it writes"):
         engine.learn()
     assert not Silent.was_set_up
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_s_program_runs(tmp_path: Path) -> None:
+    """Its first block, on tiny models; the classes that the page shows stand in for the rest."""
+    page = (SELF_PLAY.parents[1] / "docs" / "several_policies.md").read_text(encoding="utf-8")
+    program, *classes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert [name for code in classes for name in re.findall(r"class (\w+)", code)] == [
+        "Judge",
+        "Referee",
+    ]
+    names: dict[str, Any] = {name: getattr(chatlearn, name) for name in chatlearn.__all__}
+    names |= {kind.__name__: kind for kind in (PolicyInference, PolicyTrainer, FunctionReward)}
+    names |= {"GroupAdvantage": GroupAdvantage, "tiny_pair": tiny_pair, "prompts": ["?"]}
+    names |= {"right": letters, "hard": lambda completions, solver_rewards: solver_rewards}
+    for code in classes:
+        exec(code, names)
+    names["referee"] = names["Referee"]("referee")
+    exec(program.replace("model=...", "model=tiny_pair"), names)
+    models = {name: {"max_new_tokens": 3} for name in ("proposer", "solver")}
+    chatlearn.init({"runtime": {**RUNTIME, "output_dir": tmp_path}, "models": models})
+    with names["engine"] as engine:
+        assert engine.learn().train_iteration == 2
+    chatlearn.init({"runtime": {"output_dir": tmp_path}})
+    judge = names["Judge"]("judge", namespace="solver")
+    rows = [{"solver/completion": text} for text in ("a", "bbb")]
+    sees = Sees("sees")
+    Engine(Environment(lambda batch: sees.forward_step(judge.forward_step(batch)))).set_dataset(
+        rows
+    ).learn()
+    assert sees.seen["solver/verdict"] == [1, 3]
 
 
 # ---- the example -----------------------------------------------------------------------------------------------------
