@@ -7,6 +7,7 @@ See `test_rules_violated.py` for what `before_anything`, `before_steps` and `aft
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -550,6 +551,24 @@ def test_learn_inside_a_module():
     assert "'m' belongs to a learn() that is still under way" in caught.value.__cause__.cause
     assert caught.value.__cause__.fix
     assert SEEN == ["setup"], "the module was not set up again under its own feet"
+
+
+def test_learn_inside_a_module_that_goes_on_regardless():
+    """The run that is under way keeps its replicas and ends as if nobody had asked."""
+    engines: list[Engine] = []
+
+    class Nested(Recorded):
+        def forward_step(self, data: Batch) -> Batch:
+            with contextlib.suppress(EngineError):
+                engines[0].learn()
+            SEEN.append(f"replica {self.replica_id}")
+            return data
+
+    module = Nested("m", num_replica=2, generation_batch_size=1)
+    chatlearn.init()
+    engines.append(Engine(Environment(flow_of(module))).set_dataset(PROMPTS))
+    engines[0].learn()
+    assert steps() == ["replica 0", "replica 1"] * 2
 
 
 def test_two_engines_that_share_a_module_at_once():
