@@ -188,13 +188,8 @@ class _Choice:
             if isinstance(returned, Iterable) and not isinstance(returned, dict | str | bytes):
                 return list(cast("Iterable[Any]", returned))
         except Exception as error:
-            text = (
-                str(error)
-                if isinstance(error, ChatLearnError)
-                else f"{type(error).__name__}: {error}"
-            )
             raise ModuleError(
-                f"{text}\n  function: replay sampler {self._name}\n  episode: {self._episode + 1}"
+                f"{_words(error)}\n  function: replay sampler {self._name}\n  episode: {self._episode + 1}"
             ) from error
         kind = "nothing" if returned is None else f"a {type(cast('object', returned)).__name__}"
         raise self._error(
@@ -247,6 +242,15 @@ def _number_as_tensor(value: Any) -> Any:
         return torch.tensor(value, dtype=torch.float64)
     made = stack([value])  # Python's and numpy's numbers too, as far as torch has room for them
     return made[0] if isinstance(made, Tensor) else value
+
+
+def _words(error: Exception) -> str:
+    try:
+        return (
+            str(error) if isinstance(error, ChatLearnError) else f"{type(error).__name__}: {error}"
+        )
+    except Exception:  # noqa: BLE001 - an exception that cannot be printed must not hide where it came from
+        return f"{type(error).__name__} (its message cannot be printed)"
 
 
 def describe(function: Callable[..., Any]) -> str:

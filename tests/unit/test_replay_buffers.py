@@ -158,6 +158,18 @@ def test_an_error_of_ours_in_a_sampler_keeps_its_words() -> None:
         Replay(-1, sampler=failing).choose([(0, episode(0))])
 
 
+def test_an_exception_that_cannot_be_printed_is_placed() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def failing(buffers: Any) -> Any:
+        raise Mute
+
+    with pytest.raises(ModuleError, match="Mute .its message cannot be printed.\n  function: rep"):
+        Replay(-1, sampler=failing).choose([(0, episode(0))])
+
+
 def test_choosing_a_few_of_many_episodes_costs_little() -> None:
     import time
 
