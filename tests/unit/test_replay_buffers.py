@@ -166,7 +166,7 @@ def test_an_exception_that_cannot_be_printed_is_placed() -> None:
     def failing(buffers: Any) -> Any:
         raise Mute
 
-    with pytest.raises(ModuleError, match="Mute .its message cannot be printed.\n  function: rep"):
+    with pytest.raises(ModuleError, match=r"Mute .its message cannot be printed.\n  function: rep"):
         Replay(-1, sampler=failing).choose([(0, episode(0))])
 
 
