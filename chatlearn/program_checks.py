@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
 from typing import Any, cast
 
 from chatlearn.columns import PROMPT
@@ -31,25 +32,28 @@ def check_syncs(program: Program) -> None:
                 place="set_parameter_sync",
                 fix="take the pair away: a module has its own weights already",
             )
-    pairs = list(dict.fromkeys(program.sync_pairs))
+    pairs = list({(id(a), id(b)): (a, b) for a, b in program.sync_pairs}.values())
     program.notes += [
-        f"set_parameter_sync({_arrow(pair)}) is given {times} times and carried once"
-        for pair in pairs
-        if (times := program.sync_pairs.count(pair)) > 1
+        f"set_parameter_sync({_arrow((a, b))}) is given {times} times and carried once"
+        for a, b in pairs
+        if (times := sum(x is a and y is b for x, y in program.sync_pairs)) > 1
     ]
-    program.sync_pairs = pairs
-    for destination in dict.fromkeys(receiver for _, receiver in pairs):
+    circle = _circle(pairs)
+    program.sync_pairs = pairs if circle else _in_order(pairs)
+    for destination in {id(receiver): receiver for _, receiver in pairs}.values():
         into = [pair for pair in pairs if pair[1] is destination]
-        if len(into) > 1:
+        # A load_state_dict of the user's own may give each source a place.
+        plain = type(destination).load_state_dict is BaseModule.load_state_dict
+        if len(into) > 1 and plain:
             program.problems.append(
                 FlowError(
                     f"{len(into)} modules sync into {destination.name!r}, which would keep the weights of the last "
                     f"only: {'; '.join(map(_arrow, into))}",
                     place="set_parameter_sync",
-                    fix="leave one pair; several sources need several destinations",
+                    fix="leave one pair, or override load_state_dict() to give each source its place",
                 )
             )
-    if circle := _circle(pairs):
+    if circle:
         names = " -> ".join(module.name for module in [*circle, circle[0]])
         program.problems.append(
             FlowError(
@@ -75,6 +79,16 @@ def _circle(pairs: Sequence[SyncPair]) -> list[BaseModule]:
             if source is way[-1] and target not in way:
                 ways.append([*way, target])
     return []
+
+
+def _in_order(pairs: Sequence[SyncPair]) -> list[SyncPair]:
+    """Sort pairs so that in a chain (a -> b, b -> c) weights reach the end in one sync, however it was declared."""
+    before = TopologicalSorter[int]()
+    for source, destination in pairs:
+        before.add(id(destination), id(source))
+    place = {module: number for number, module in enumerate(before.static_order())}
+    chained = {id(destination) for _, destination in pairs} & {id(source) for source, _ in pairs}
+    return sorted(pairs, key=lambda pair: place[id(pair[0])]) if chained else list(pairs)
 
 
 def check_data(program: Program) -> None:

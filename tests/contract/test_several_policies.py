@@ -15,7 +15,15 @@ import pytest
 import torch
 
 import chatlearn
-from chatlearn import BaseModule, ConfigError, Engine, Environment, Evaluator, Trainer
+from chatlearn import (
+    BaseModule,
+    ConfigError,
+    Engine,
+    Environment,
+    Evaluator,
+    FlowError,
+    Trainer,
+)
 from chatlearn.models import (
     FunctionReward,
     GroupAdvantage,
@@ -375,3 +383,63 @@ def test_both_players_improve_and_the_solver_learns_from_the_proposer(
     control = self_play(tmp_path, "--frozen-proposer", f"runtime.seed={seed}")
     for name, bound in bounds["frozen_proposer"].items():
         assert bound["least"] <= control[name] <= bound["most"], (name, control)
+
+
+class Weighted(BaseModule):
+    """Holds one number under `key` and remembers which it sampled with; a train step adds 1."""
+
+    def __init__(self, name: str, key: str = "w", start: float = 0.0) -> None:
+        super().__init__(name)
+        self.weights, self.key, self.seen = {key: torch.tensor([start])}, key, []
+
+    def state_dict(self) -> Any:
+        return self.weights
+
+    def load_state_dict(self, state: Any) -> None:
+        for name, value in state.items():
+            self.weights[name] = value.clone()
+
+    def forward_step(self, data: Batch) -> Batch:
+        self.seen.append({name: float(value) for name, value in self.weights.items()})
+        return data
+
+    def train_step(self, data_list: list[Batch]) -> None:
+        self.weights[self.key] = self.weights[self.key] + 1
+
+
+class Plain(Weighted):
+    """The same, loaded as every module is."""
+
+    load_state_dict = BaseModule.load_state_dict
+
+
+def test_a_chain_of_syncs_reaches_its_end_at_once_however_it_is_declared() -> None:
+    first, middle, last = Weighted("first"), Weighted("middle"), Weighted("last")
+
+    def flow(batch: Any) -> Any:
+        return last.forward_step(middle.forward_step(batch))
+
+    chatlearn.init({"runtime": {"num_episode": 3}})
+    engine = Engine(Environment(flow), Trainer(lambda batch: first.train_step(batch)))
+    engine.set_parameter_sync(middle, last).set_parameter_sync(first, middle).set_dataset(["p"])
+    engine.learn()
+    assert last.seen == middle.seen == [{"w": 0.0}, {"w": 1.0}, {"w": 2.0}]
+
+
+def test_several_sources_may_each_have_a_place_in_one_module() -> None:
+    actor, critic, both = Weighted("actor", "a"), Weighted("critic", "c", 10.0), Weighted("both")
+
+    def learn(batch: Any) -> None:
+        actor.train_step(batch)
+        critic.train_step(batch)
+
+    chatlearn.init({"runtime": {"num_episode": 2}})
+    engine = Engine(Environment(lambda batch: both.forward_step(batch)), Trainer(learn))
+    engine.set_parameter_sync(actor, both).set_parameter_sync(critic, both).set_dataset(["p"])
+    engine.learn()
+    assert both.seen == [{"w": 0.0, "a": 0.0, "c": 10.0}, {"w": 0.0, "a": 1.0, "c": 11.0}]
+    plain = Plain("plain")
+    engine = Engine(Environment(lambda batch: plain.forward_step(batch)), Trainer(learn))
+    engine.set_parameter_sync(actor, plain).set_parameter_sync(critic, plain).set_dataset(["p"])
+    with pytest.raises(FlowError, match="2 modules sync into 'plain'"):
+        engine.learn()
