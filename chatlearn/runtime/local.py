@@ -255,7 +255,12 @@ class _Pass:
         return call
 
     def _carry_out(self, call: Call) -> Finished:
-        return self._train(call) if call.step is not None else self._sample(call)
+        try:
+            return self._train(call) if call.step is not None else self._sample(call)
+        except BatchError as error:  # of what the step was given or returned: say which call it was
+            described = self._worker(call).describe_call(call.node.method, self._where(call))
+            cause = f"{error.cause}\n{described}"
+            raise BatchError(cause, place=error.place, fix=error.fix) from error.__cause__
 
     def _sample(self, call: Call) -> Finished:
         assert self._flow is not None
@@ -311,17 +316,23 @@ class _Pass:
         return self._step_outputs.take(piece)
 
     def _call(self, call: Call, data: Batch | list[Batch], graph: FlowGraph) -> Result:
+        if self._starting is not None:
+            self._starting(call.node.module, call.node.method, call.step is not None)
+        node = graph.nodes[call.node.index]
+        result = self._worker(call).step(
+            node.method, data, call.iteration, node.constants, self._where(call, node.turn)
+        )
+        self._outcome.module_seconds += result.seconds
+        return result
+
+    def _worker(self, call: Call) -> Worker:
+        return self._runtime.workers[call.node.module][call.replica]
+
+    def _where(self, call: Call, turn: int = 0) -> Where:
         uids = call.uids
         if call.step is not None and self._outcome.uids:
             uids = [self._outcome.uids[i] for part in call.step.micro_batches for i in part]
-        if self._starting is not None:
-            self._starting(call.node.module, call.node.method, call.step is not None)
-        worker = self._runtime.workers[call.node.module][call.replica]
-        node = graph.nodes[call.node.index]
-        where = Where(self._episode, uids, node.turn)
-        result = worker.step(node.method, data, call.iteration, node.constants, where)
-        self._outcome.module_seconds += result.seconds
-        return result
+        return Where(self._episode, uids, turn)
 
     def _report(self, call: Call, result: Result, samples: int, more: Mapping[str, float]) -> None:
         if self._observer is not None:

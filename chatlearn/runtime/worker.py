@@ -173,18 +173,20 @@ class Worker:
         return Result(value, metrics, time.perf_counter() - start)
 
     def _error(self, method: str, error: Exception, where: Where) -> ModuleError:
-        module = self.module
         text = str(error) if isinstance(error, ChatLearnError) else _describe(error)
+        return ModuleError(f"{text}\n{self.describe_call(method, where)}")
+
+    def describe_call(self, method: str, where: Where) -> str:
+        """Name the module, the method, the replica, the episode and the samples of a call, a line each."""
         lines = [
-            text,
-            f"  module: {module.name} ({type(module).__name__})",
+            f"  module: {self.module.name} ({type(self.module).__name__})",
             f"  method: {method}",
-            f"  replica: {module.replica_id}",
+            f"  replica: {self.module.replica_id}",
             f"  episode: {where.episode or 'none yet'}",
         ]
         if where.uids:
             lines.append(f"  samples: {describe_uids(where.uids)}")
-        return ModuleError("\n".join(lines))
+        return "\n".join(lines)
 
 
 def _describe(error: Exception) -> str:

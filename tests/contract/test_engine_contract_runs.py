@@ -510,6 +510,20 @@ def test_an_exception_in_training_names_the_steps_samples(environment: bool) -> 
         engine.learn()
 
 
+def test_output_of_another_size_names_everything() -> None:
+    def shrink(data: Batch) -> Batch:
+        return {"x": [0] if 2 in plain(data["uid"]) else [0, 0]}
+
+    chatlearn.init({"runtime": {"generation_batch_size": 2}})
+    with pytest.raises(ChatLearnError) as caught:
+        generate(lambda batch: Step("shrink", shrink).forward_step(batch), PROMPTS[:4])
+    text = str(caught.value)
+    assert "returned 1 samples for 2" in text
+    for part in ("module: shrink (Step)", "method: forward_step", "replica: 0", "episode: 1"):
+        assert part in text
+    assert "samples: uid 2, 3 (2 in all)" in text
+
+
 @pytest.mark.parametrize("hook", ["setup", "before_episode", "after_episode", "build_dataset"])
 def test_an_exception_in_a_hook_names_module_and_hook(hook: str) -> None:
     def fail(self: Any, *args: Any, **kwargs: Any) -> None:
