@@ -30,7 +30,8 @@ format: $(DEV) ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BASE) ## Compare a GRPO step with a hand-written loop, briefly (in full: .venv/bin/python benchmarks/grpo_step.py)
+bench: $(BASE) ## Run the benchmarks, briefly (in full: without --quick)
+	$(BIN)/python benchmarks/engine_overhead.py --quick
 	$(BIN)/python benchmarks/grpo_step.py --quick
 
 docs: $(DEV) ## Check that links and paths in the documentation lead somewhere
