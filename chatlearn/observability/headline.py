@@ -89,7 +89,7 @@ class Highlights:
     """The few numbers of an evaluation that fit on a line, with short labels."""
 
     numbers: list[tuple[str, float]]
-    """What the evaluation is for, `pass@k` of the largest k, the reward, then others."""
+    """What the evaluation is for, `pass@k` of the largest k, the reward, a post-process function's own, then others."""
     of_datasets: list[tuple[str, float]]
     """The first of these numbers for each of several datasets."""
 
@@ -112,6 +112,7 @@ def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> Highli
     largest = max(passes, key=lambda name: pass_k(name) or 0, default=None)
     reward = find_key(overall, REWARD)
     others = [n for n in overall if "@" not in _last_part(n) and not n.endswith("_tokens")]
+    others.sort(key=lambda name: "/" in name)  # first what a post-process function measured itself
     ordered = dict.fromkeys(n for n in (key, largest, reward, *others) if n is not None)
     shown = [(_last_part(name), metrics[name]) for name in list(ordered)[:most]]
     return Highlights(shown, list(of_datasets.items())[:MOST_DATASETS])

@@ -277,6 +277,12 @@ def test_an_evaluation_of_several_samples_and_datasets_stays_short():
     assert len(evaluation_highlights(many).of_datasets) < 10
 
 
+def test_what_a_post_process_function_measured_comes_before_what_modules_logged():
+    metrics = {"solver/length": 3.0, "solver/x": 1.0, "accuracy": 0.5, "distinct": 0.2}
+    shown = [name for name, _ in evaluation_highlights(metrics).numbers]
+    assert shown == ["accuracy", "distinct", "length", "x"]
+
+
 def test_numbers_over_all_datasets_come_first_wherever_they_stand():
     assert find_key(["a/reward/rewards", "reward/rewards"], ("rewards",)) == "reward/rewards"
 
