@@ -99,6 +99,8 @@ class FlowRun:
             for source in (*spec.inputs, *spec.after):
                 self._consumers.setdefault(source, []).append(spec.index)
         self._delivered = 0
+        self._fresh: list[tuple[_NodeRun, Task]] = []
+        """Tasks planned since somebody last looked whether they may start."""
 
     def start(self) -> Iterator[Task]:
         """Return the tasks that need nothing but the feed."""
@@ -106,6 +108,7 @@ class FlowRun:
             self._plan(node)
             if node.spec.filters and node.complete:
                 self._grown(node)  # of no samples at all
+        self._fresh.clear()
         yield from self._startable()
 
     def finish(self, task: Task, call: int, kept: tuple[int, ...] | None) -> Iterator[Task]:
@@ -113,9 +116,10 @@ class FlowRun:
         node = self.nodes[task.node]
         node.finished += 1
         if node.spec.filters:
-            start = len(node.out_space.uids)
             self._place_filtered(node, task, call, kept or ())
-            yield from self._released(node, start, len(node.out_space.uids))
+            # What lies behind is planned only now: what was there before had all it needs from this filter.
+            fresh, self._fresh = self._fresh, []
+            yield from (late for owner, late in fresh if self._may_start(owner, late))
             if node.complete:  # which may close spaces far downstream
                 yield from self._startable()
             return
@@ -180,6 +184,7 @@ class FlowRun:
             task = Task(node.spec.index, len(node.tasks), node.planned, stop)
             node.starts.append(task.start)
             node.tasks.append(task)
+            self._fresh.append((node, task))
 
     def _next_cut(self, node: _NodeRun) -> int | None:
         space, start, known = node.space, node.planned, len(node.space.uids)

@@ -18,7 +18,6 @@ from chatlearn.flow.batching import (
     isolate,
     join,
     merge,
-    normalise,
     size,
     take,
 )
@@ -26,7 +25,7 @@ from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.flow.steps import StepSource
 from chatlearn.module import BaseModule, resolved_config, state_of
 from chatlearn.runtime.protocol import Call, Command, Finished, Piece, node_specs
-from chatlearn.runtime.returned import kept_offsets, returned_numbers, step_output
+from chatlearn.runtime.returned import returned_numbers, sample_output, step_output
 from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
 from chatlearn.runtime.store import OutputStore, SampleStore
 from chatlearn.runtime.worker import EventLoop, Result, Where, Worker
@@ -271,22 +270,14 @@ class _Pass:
             data = isolate(data)  # others take these samples, too
         result = self._call(call, data, graph)
         place = f"{spec.name}, {node.place}"
-        # A copy: the module may keep what it returned and write into it in its next call.
-        output = isolate(normalise({} if result.value is None else result.value, place))
-        kept = kept_offsets(call, output, place) if spec.filters else None
+        output, kept = sample_output(call, result.value, place)
         if not output and not (spec.filters and result.value is not None):
             self._refuse_missing(graph, spec.index, place)
-        elif kept is None and size(output) != len(call.uids):
-            raise BatchError(
-                f"{spec.name} returned {size(output)} samples for {len(call.uids)}",
-                place=place,
-                fix="return one entry per sample, or declare `filters_samples = True` on the class",
-            )
         samples = len(call.uids) if kept is None else len(kept)
         self._outputs.put(call.id, output, samples * self._takers[spec.index])
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
         self._report(call, result, len(call.uids), more)
-        return Finished(call.id, kept)
+        return Finished(call.id, kept, result.seconds)
 
     def _train(self, call: Call) -> Finished:
         assert self._trainer is not None
@@ -307,7 +298,7 @@ class _Pass:
             parts = step_output(result.value, sizes, f"{node.name}, {node.place}")
             self._step_outputs.put(call.id, parts, len(parts) * takers)
         self._report(call, result, samples, returned_numbers(result.value))
-        return Finished(call.id)
+        return Finished(call.id, seconds=result.seconds)
 
     def _step_input(self, piece: Piece, call: Call) -> list[Batch]:
         assert call.step is not None

@@ -109,6 +109,8 @@ class Finished:
 
     call: int
     kept: tuple[int, ...] | None = None
+    seconds: float = 0.0
+    """How long it took, so that a slow replica gets less to do."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+from torch import Tensor
+
+from chatlearn.columns import UID
 from chatlearn.errors import BatchError
 from chatlearn.flow.batching import Batch, isolate, normalise, numbers, size
 from chatlearn.runtime.protocol import Call
@@ -38,11 +41,30 @@ def step_output(value: Any, sizes: Sequence[int], place: str) -> list[Batch]:
     return batches
 
 
-def kept_offsets(call: Call, output: Batch, place: str) -> tuple[int, ...]:
+def sample_output(call: Call, value: object, place: str) -> tuple[Batch, tuple[int, ...] | None]:
+    """An environment or evaluation node's output, and of a filter which of the call's samples are in it.
+
+    Raises:
+        BatchError: it is no batch, or its samples are not those of the call in their order.
+    """
+    # A copy: the module may keep what it returned and write into it in its next call.
+    output = isolate(normalise({} if value is None else value, place))
+    if call.node.filters:
+        return output, _kept_offsets(call, output, place)
+    if output and size(output) != len(call.uids):
+        raise BatchError(
+            f"{call.node.name} returned {size(output)} samples for {len(call.uids)}",
+            place=place,
+            fix="return one entry per sample, or declare `filters_samples = True` on the class",
+        )
+    _refuse_reordered(call, output, place)
+    return output, None
+
+
+def _kept_offsets(call: Call, output: Batch, place: str) -> tuple[int, ...]:
     """Find which samples a filter let through, by their uids."""
-    column = output.get("uid", [])
     position = {uid: i for i, uid in enumerate(call.uids)}
-    kept = [position.get(_number(uid), -1) for uid in column]
+    kept = [position.get(uid, -1) for uid in _uids(output)]
     if len(kept) != size(output) or -1 in kept or kept != sorted(set(kept)):
         raise BatchError(
             f"the filter {call.node.name} must return the `uid` column of the samples it keeps, in order",
@@ -50,6 +72,26 @@ def kept_offsets(call: Call, output: Batch, place: str) -> tuple[int, ...]:
             fix="select the same samples from every column of the batch, `uid` included",
         )
     return tuple(kept)
+
+
+def _refuse_reordered(call: Call, output: Batch, place: str) -> None:
+    """Refuse samples in another order than they came in: their rows would be paired with those of others."""
+    uids = _uids(output)
+    for at, (given, found) in enumerate(zip(call.uids, uids, strict=False)):
+        if given != found:
+            raise BatchError(
+                f"{call.node.name} returned its samples in another order: at position {at} uid {found} "
+                f"instead of {given}",
+                place=place,
+                fix="return every column in the order of the batch that came in, and leave `uid` as it is",
+            )
+
+
+def _uids(output: Batch) -> list[int]:
+    column = output.get(UID, [])
+    if isinstance(column, Tensor):
+        column = cast("list[Any]", column.tolist())
+    return [_number(uid) for uid in column]
 
 
 def _number(uid: Any) -> int:

@@ -11,9 +11,9 @@
 
 A finished call unblocks the nodes that overlap its samples (`FlowRun`); samples that left the environment flow, in
 order, become train steps (`StepSource`), which unblock the trainer's nodes (`StepRun`). A call that may start waits
-in its module's queue until a replica is free; the free replica that has done the least work takes it. A driver that
+in its module's queue until a replica is free; the free replica with the least load takes it. A driver that
 carries out one call after the other asks for no more than that (`at_once=1`): a call is then given to a replica when
-it is made, so that replicas in one process share the work by samples, too. There are no threads, no clock and no
+it is made, so that replicas in one process share the work by load, too. There are no threads, no clock and no
 tensors here: every backend, and a test, drives the same code.
 """
 
@@ -23,6 +23,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from chatlearn.errors import EngineError
 from chatlearn.flow.steps import StepSource
@@ -52,18 +53,50 @@ class Samples:
     groups: Sequence[int]
 
 
+_LOAD_STEP_S: Final = 0.02
+"""Replicas that have been busy for equally many of these steps count as equally loaded; then samples decide.
+
+So a slow replica gets less, while what takes no time is shared by samples, in the same way every time."""
+
+
 class _Replicas:
     """The replicas of one module: who is free, and how much each has done."""
 
     def __init__(self, ids: Iterable[int]) -> None:
-        self.work: dict[int, int] = dict.fromkeys(ids, 0)
-        self.free: set[int] = set(self.work)
+        self.free: set[int] = set(ids)
+        self._samples: dict[int, int] = dict.fromkeys(self.free, 0)
+        self._seconds: dict[int, float] = dict.fromkeys(self.free, 0.0)
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
     def take(self, samples: int) -> int:
-        replica = min(self.free, key=lambda r: (self.work[r], r))
+        """Give `samples` samples to the free replica with the least load."""
+        replica = min(self.free, key=self._load)
         self.free.remove(replica)
-        self.work[replica] += samples
+        self._samples[replica] += samples
         return replica
+
+    def give_back(self, replica: int, seconds: float) -> None:
+        """Take note that a replica, unless it has left, is free again after `seconds` of work."""
+        if replica in self._samples:
+            self._seconds[replica] += seconds
+            self.free.add(replica)
+
+    def join(self, replica: int) -> None:
+        """Add a replica as one that has done as much as the busiest: it need not catch up."""
+        self._samples[replica] = max(self._samples.values(), default=0)
+        self._seconds[replica] = max(self._seconds.values(), default=0.0)
+        self.free.add(replica)
+
+    def leave(self, replica: int) -> None:
+        """Forget a replica."""
+        self._samples.pop(replica, None)
+        self._seconds.pop(replica, None)
+        self.free.discard(replica)
+
+    def _load(self, replica: int) -> tuple[int, int, int]:
+        return int(self._seconds[replica] / _LOAD_STEP_S), self._samples[replica], replica
 
 
 class Scheduler:
@@ -129,9 +162,7 @@ class Scheduler:
             self._failed = True
             self._running.pop(event.call)
         elif isinstance(event, ReplicaJoined):
-            replicas = self._replicas.setdefault(event.module, _Replicas(()))
-            replicas.work[event.replica] = max(replicas.work.values(), default=0)
-            replicas.free.add(event.replica)
+            self._replicas.setdefault(event.module, _Replicas(())).join(event.replica)
         else:
             self._leave(event)
         return list(self._commands())
@@ -149,9 +180,7 @@ class Scheduler:
 
     def _finish(self, event: Finished) -> None:
         call, task = self._running.pop(event.call)
-        replicas = self._replicas[call.node.module]
-        if call.replica in replicas.work:
-            replicas.free.add(call.replica)
+        self._replicas[call.node.module].give_back(call.replica, event.seconds)
         if isinstance(task, Task):
             assert self.flow is not None
             self._enqueue(self.flow.finish(task, call.id, event.kept))
@@ -161,9 +190,8 @@ class Scheduler:
 
     def _leave(self, event: ReplicaLeft) -> None:
         replicas = self._replicas[event.module]
-        replicas.work.pop(event.replica, None)
-        replicas.free.discard(event.replica)
-        if not replicas.work:
+        replicas.leave(event.replica)
+        if not replicas:
             raise EngineError(
                 f"the last replica of module {event.module!r} left",
                 fix="resume from the last checkpoint with runtime.resume=auto",

@@ -123,6 +123,18 @@ def test_inputs_that_disagree_in_their_number_of_samples_are_an_error() -> None:
         collect(lambda batch: both.forward_step(batch, half.forward_step(batch)))
 
 
+def test_samples_that_come_back_in_another_order_are_an_error() -> None:
+    def sort(data: Batch) -> Batch:
+        return {
+            key: column[::-1] if isinstance(column, list) else column.flip(0)
+            for key, column in data.items()
+        }
+
+    by_length, a = Step("by_length", sort), Step("a")
+    with pytest.raises(ChatLearnError, match="position 0 uid 7 instead of 0"):
+        collect(lambda batch: a.forward_step(batch, by_length.forward_step(batch)))
+
+
 def test_the_trainer_sees_the_returned_nodes_and_nothing_else() -> None:
     a = Step("a", lambda d: {"a": d["prompt"], "both": d["prompt"]})
     b = Step("b", lambda d: {"b": d["prompt"], "both": [0] * len(d["prompt"])})

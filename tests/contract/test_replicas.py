@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -376,3 +377,24 @@ def test_policies_sample_token_for_token_the_same(size):
     more_rows, more_weights = completions(2, size)
     assert more_rows == rows, "both episodes: replicas receive the synced weights, too"
     assert torch.allclose(more_weights, weights, atol=1e-5)
+
+
+class Slow(Marker):
+    """Its first replica is slow."""
+
+    def forward_step(self, data: Batch, iteration: int) -> Batch:
+        if self.replica_id == 0:
+            time.sleep(0.06)
+        return super().forward_step(data, iteration)
+
+
+def test_a_slow_replica_gets_less_to_do() -> None:
+    chatlearn.init(
+        {"runtime": {"generation_batch_size": 1}, "models": {"slow": {"num_replica": 2}}}
+    )
+    CALLS.clear()
+    slow = Slow("slow")
+    Engine(Environment(lambda batch: slow.forward_step(batch))).set_dataset(PROMPTS).learn()
+    done = Counter(replica for _, replica, _, _ in CALLS)
+    assert done[0] < done[1]
+    assert sorted(prompt for *_, prompt in CALLS) == PROMPTS

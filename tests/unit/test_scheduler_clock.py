@@ -20,7 +20,8 @@ from virtual_clock import Seconds, Timed, VirtualClock, chain, node
 
 from chatlearn.data.stream import StreamDataset
 from chatlearn.flow.graph import FEED
-from chatlearn.runtime.protocol import Call, NodeSpec
+from chatlearn.runtime.protocol import Call, Finished, NodeSpec
+from chatlearn.runtime.scheduler import Samples, Scheduler
 
 FLOWS: dict[str, tuple[list[NodeSpec], tuple[int, ...]]] = {
     "chain": (chain(3, 2, 3, 1), (2,)),
@@ -271,6 +272,97 @@ def test_steps_are_the_same_whatever_finishes_first(
     expected = trained("fixed")
     for kind in ("fixed", "dynamic"):
         assert trained(kind, seconds=any_seconds(seed), replicas=replicas) == expected
+
+
+# ---- nothing waits for more than its inputs --------------------------------------------------------------
+
+
+class Watchful(VirtualClock):
+    """Fails as soon as a call has all its inputs and was not handed out."""
+
+    def _take(self, commands: Sequence[Any]) -> None:
+        super()._take(commands)
+        flow = self.scheduler.flow
+        assert flow is not None
+        for own in flow.nodes:
+            for task in own.tasks:
+                missing = [
+                    source
+                    for source in (*own.spec.inputs, *own.spec.after)
+                    if flow._pieces(source, task.start, task.stop) is None
+                ]
+                assert task.started or missing, f"{own.spec.name} {task} could run"
+
+
+@st.composite
+def any_flow(draw: Any) -> tuple[list[NodeSpec], tuple[int, ...]]:
+    """Draw a flow of up to five nodes, filters and barriers in any place."""
+    spaces, nodes = {FEED: 0}, []
+    for index in range(draw(st.integers(1, 5))):
+        first = draw(st.sampled_from(sorted(spaces)))
+        mates = [source for source in spaces if spaces[source] == spaces[first]]
+        inputs = dict.fromkeys([first, *draw(st.lists(st.sampled_from(mates), max_size=2))])
+        filters = draw(st.booleans())
+        nodes.append(
+            node(
+                index,
+                *inputs,
+                batch_size=draw(st.sampled_from([None, 1, 2, 3, 8])),
+                batch_by=draw(st.sampled_from(["sample", "group", "group", "episode"])),
+                filters=filters,
+            )
+        )
+        spaces[index] = index + 1 if filters else spaces[first]
+    return nodes, (len(nodes) - 1,)
+
+
+@given(any_flow(), st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 4))
+@settings(max_examples=200, deadline=None)
+def test_a_call_is_handed_out_once_its_inputs_exist(
+    flow: tuple[list[NodeSpec], tuple[int, ...]], seed: int, samples: int, group: int
+) -> None:
+    nodes, outputs = flow
+    Watchful(
+        nodes,
+        outputs,
+        samples,
+        group=group,
+        replicas={spec.module: samples + 1 for spec in nodes},
+        seconds=any_seconds(seed),
+        keeps=lambda uid: random.Random(f"{seed}/{uid}").random() < 0.7,
+    ).run()
+
+
+def test_groups_behind_a_filter_run_as_soon_as_they_are_known_to_be_whole() -> None:
+    nodes = [
+        node(0, batch_size=8, filters=True),
+        node(1, 0, batch_size=4, batch_by="group"),
+    ]
+    seconds = {0: 1.0, 1: 0.25}
+    clock = VirtualClock(
+        nodes, (1,), 32, group=4, seconds=lambda call: seconds[call.node.index]
+    ).run()
+    assert [t.start for t in clock.of(1)] == [1.0, 2.0, 2.25, 3.0, 3.25, 4.0, 4.25, 4.5]
+
+
+@pytest.mark.parametrize(("slow", "shares"), [(0.0, [4, 4, 4]), (0.2, [2, 5, 5])])
+def test_one_call_at_a_time_goes_to_the_replica_that_has_been_busy_least(
+    slow: float, shares: list[int]
+) -> None:
+    """In one process a replica that takes long gets less; where all are as quick, samples decide."""
+    scheduler = Scheduler(
+        {"m": range(3)},
+        Counter(),
+        flow=([node(0, module="m", batch_size=1)], (0,), Samples(range(12), range(12))),
+        at_once=1,
+    )
+    calls, commands = Counter[int](), scheduler.start()
+    while calls_left := [c for c in commands if isinstance(c, Call)]:
+        (call,) = calls_left
+        calls[call.replica] += 1
+        seconds = slow if call.replica == 0 else slow / 3
+        commands = scheduler.on(Finished(call.id, seconds=seconds))
+    assert [calls[replica] for replica in range(3)] == shares
 
 
 # ---- cost ---------------------------------------------------------------------------------------------
