@@ -60,6 +60,9 @@ class EvaluationMetrics:
         self._overall = EpisodeMetrics()
         self._parts = {name: EpisodeMetrics() for name in datasets}
         self._tallies: dict[str, dict[str, Tally]] = {name: {} for name in datasets}
+        self._rewards: dict[str, dict[int, dict[str, list[float]]]] = {d: {} for d in datasets}
+        self._logged: set[str] = set()
+        """Modules that logged rewards themselves."""
         self._now = ""
         self.notes: list[str] = []
         """What could not be measured, and why."""
@@ -72,10 +75,13 @@ class EvaluationMetrics:
         """Take the numbers that a call logged."""
         for metrics in (self._overall, self._parts[self._now]):
             metrics.add(call.module, call.method, call.metrics, call.samples)
+        if any(_holds_rewards(name) for name in call.metrics):
+            self._logged.add(call.module)
 
     def returned(self, batches: Mapping[int, Sequence[Batch]], prompts: int) -> None:
         """Take the batches of the returned nodes over one whole dataset of `prompts` prompts."""
         if not self._ks:
+            self._keep_rewards(batches)
             return
         found = self._tallies[self._now]
         for index, parts in batches.items():
@@ -90,15 +96,25 @@ class EvaluationMetrics:
                 "no pass@k: no returned node of the evaluation flow has a column of rewards, one number per sample"
             )
 
+    def _keep_rewards(self, batches: Mapping[int, Sequence[Batch]]) -> None:
+        """Keep the rewards of one sample per prompt, whose mean is measured."""
+        for index, parts in batches.items():
+            columns = self._rewards[self._now].setdefault(index, {})
+            filled = [part for part in parts if part]
+            for name in dict.fromkeys(n for part in filled for n in part if _holds_rewards(n)):
+                if all(name in part and _is_numeric(part[name]) for part in filled):
+                    columns[name] = [float(r) for part in filled for r in part[name]]
+
     def summary(self) -> dict[str, float]:
         """Return the flat metrics, those over all datasets first."""
         parts = list(self._tallies.values())
         owners = dict.fromkeys(owner for part in parts for owner in part)
         whole = {o: Tally.together(part[o] for part in parts if o in part) for o in owners}
-        flat = {**self._overall.summary(), **self._of(whole)}
+        flat = {**self._overall.summary(), **self._of(whole), **self._means(*self._rewards)}
         if len(self._parts) > 1:
             for dataset, metrics in self._parts.items():
-                own = {**metrics.summary(), **self._of(self._tallies[dataset])}
+                tallies = self._of(self._tallies[dataset])
+                own = {**metrics.summary(), **tallies, **self._means(dataset)}
                 named = {f"{dataset}/{name}": value for name, value in own.items()}
                 if taken := flat.keys() & named:
                     self.notes.append(
@@ -106,6 +122,17 @@ class EvaluationMetrics:
                     )
                 flat = {**named, **flat} if taken else {**flat, **named}
         return flat
+
+    def _means(self, *datasets: str) -> dict[str, float]:
+        """Return the mean rewards of the returned nodes whose modules logged none."""
+        found: dict[str, list[float]] = {}
+        for dataset in datasets:
+            for index, columns in self._rewards[dataset].items():
+                node = self._graph.nodes[index]
+                if node.module.name not in self._logged:
+                    for name, rewards in columns.items():
+                        found.setdefault(self._owner(node) + name, []).extend(rewards)
+        return {name: sum(rewards) / len(rewards) for name, rewards in found.items() if rewards}
 
     def _of(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -149,13 +150,44 @@ def test_prompt_uid_need_not_be_adjacent() -> None:
     assert measure([batch], prompts=2)[0] == pytest.approx(EXPECTED)
 
 
-def test_one_sample_per_prompt_measures_nothing_new_unless_asked() -> None:
+def test_one_sample_per_prompt_measures_the_mean_reward_and_pass_at_1_only_if_asked() -> None:
     batch = {"rewards": torch.tensor([1.0, 0.0])}
-    assert measure([batch], prompts=2, n=1) == ({}, [])
+    assert measure([batch], prompts=2, n=1) == ({"reward/rewards": 0.5}, [])
     assert measure([batch], prompts=2, n=1, ks=[1])[0] == {
         "reward/avg@1": 0.5,
         "reward/pass@1": 0.5,
     }
+
+
+@dataclass
+class Call:
+    module: str
+    metrics: dict[str, float]
+    method: str = "eval_step"
+    samples: int = 2
+
+
+def test_the_mean_reward_of_one_sample_per_prompt_where_the_module_logged_none() -> None:
+    measured = EvaluationMetrics(graph_of("a.eval_step", "b.eval_step"), ["x", "y"])
+    for dataset, low in (("x", 0.0), ("y", 0.5)):
+        measured.begin(dataset)
+        measured.call(Call("b", {"rewards": 0.75, "length": 3.0}))
+        first = {"solver/rewards": torch.tensor([1.0, low]), "rewards": ["no", "numbers"]}
+        second = {"solver/rewards": torch.tensor([low, low]), "rewards": ["no", "numbers"]}
+        own = {"rewards": torch.tensor([9.0, 9.0])}
+        measured.returned({0: [first, second, {}], 1: [own]}, prompts=2)
+    assert measured.summary() == {
+        "b/rewards": 0.75,
+        "b/length": 3.0,
+        "a/solver/rewards": 0.4375,
+        "x/b/rewards": 0.75,
+        "x/b/length": 3.0,
+        "x/a/solver/rewards": 0.25,
+        "y/b/rewards": 0.75,
+        "y/b/length": 3.0,
+        "y/a/solver/rewards": 0.625,
+    }
+    assert measured.notes == []
 
 
 def test_ks_and_threshold_as_configured() -> None:
