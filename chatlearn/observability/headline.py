@@ -3,13 +3,14 @@
 
 Metrics are named `<module>/<name>`; these last parts have a meaning here, whatever the module:
 `rewards`, `loss`, `accuracy`, `generated_tokens`, `trained_tokens`, and `time/<phase>` for the
-seconds of an episode's phases.
+seconds of an episode's phases. Where several modules report one of them, tokens are summed, speeds
+are all their tokens over all their seconds, and rewards and losses carry the names of their modules.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,20 +22,38 @@ GENERATED: Final = ("generated_tokens", "response_tokens", "sampled_tokens")
 TRAINED: Final = ("trained_tokens", "train_tokens")
 GENERATION_PHASES: Final = ("generating", "generate", "generation", "env_flow")
 TRAINING_PHASES: Final = ("training", "train", "trainer_flow")
+TIME: Final = "time/"
+PER_S: Final = "_per_s"
+OF_TRAINING: Final = frozenset(
+    (*REWARD, *LOSS, *GENERATED, *TRAINED, GENERATED[0] + PER_S, TRAINED[0] + PER_S)
+)
 EVAL: Final = "eval/"
 MOST_DATASETS: Final = 6
 """Datasets whose numbers stand on an evaluation's line."""
+
+Labelled = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Headline:
     """What the progress line and the top of the report show; None where nothing reports it."""
 
-    reward: float | None = None
-    loss: float | None = None
+    rewards: Labelled = ()
+    """Called `reward`; of several modules, each by its module's name."""
+    losses: Labelled = ()
     accuracy: float | None = None
     generated_per_s: float | None = None
     trained_per_s: float | None = None
+
+    @property
+    def reward(self) -> float | None:
+        """The reward of the first module that reports one."""
+        return self.rewards[0][1] if self.rewards else None
+
+    @property
+    def loss(self) -> float | None:
+        """The loss of the first module that reports one."""
+        return self.losses[0][1] if self.losses else None
 
 
 def headline(metrics: Mapping[str, float]) -> Headline:
@@ -44,24 +63,83 @@ def headline(metrics: Mapping[str, float]) -> Headline:
         >>> headline({"policy/generated_tokens": 500.0, "time/env_flow": 0.5}).generated_per_s
         1000.0
     """
-    parts = _by_last_part(name for name in metrics if not name.startswith(EVAL))
-
-    def value(*names: str) -> float | None:
-        return next((metrics[parts[name]] for name in names if name in parts), None)
-
-    def speed(given: str, tokens: float | None, phases: tuple[str, ...]) -> float | None:
-        seconds = next((metrics[f"time/{p}"] for p in phases if f"time/{p}" in metrics), 0.0)
-        computed = tokens / seconds if tokens is not None and seconds and seconds > 0 else None
-        reported = value(given)
-        return computed if reported is None else reported
-
+    trained = {
+        name: value
+        for name, value in metrics.items()
+        if _last_part(name) in OF_TRAINING and not name.startswith(EVAL)
+    }
+    seconds = {name: value for name, value in metrics.items() if name.startswith(TIME)}
     return Headline(
-        reward=value(*REWARD),
-        loss=value(*LOSS),
+        rewards=tuple(labelled(trained, REWARD, "reward").items()),
+        losses=tuple(labelled(trained, LOSS, "loss").items()),
         accuracy=find(metrics, ACCURACY),
-        generated_per_s=speed("generated_tokens_per_s", value(*GENERATED), GENERATION_PHASES),
-        trained_per_s=speed("trained_tokens_per_s", value(*TRAINED), TRAINING_PHASES),
+        generated_per_s=_speed(trained, GENERATED, seconds, GENERATION_PHASES),
+        trained_per_s=_speed(trained, TRAINED, seconds, TRAINING_PHASES),
     )
+
+
+def labelled(metrics: Mapping[str, float], names: tuple[str, ...], what: str) -> dict[str, float]:
+    """Return the values of the first of `names` that is reported: as `what`, or each by its module's name.
+
+    Example:
+        >>> labelled({"a_reward/rewards": 0.5, "judge/rewards": 0.7}, REWARD, "reward")
+        {'a_reward': 0.5, 'judge reward': 0.7}
+    """
+    labels = labels_of(find_keys(metrics, names), what)
+    return {label: metrics[key] for key, label in labels.items()}
+
+
+def labels_of(keys: Sequence[str], what: str) -> dict[str, str]:
+    """Return what to call the one metric of these keys, or each of several modules' metrics."""
+    if len(keys) == 1:
+        return {keys[0]: what}
+    owners = {key: key.rpartition("/")[0] for key in keys}
+    return {key: o if what in o else f"{o} {what}" for key, o in owners.items()}
+
+
+def total(metrics: Mapping[str, float], names: tuple[str, ...]) -> float | None:
+    """Return the sum over modules of the first of `names` that is reported."""
+    keys = find_keys(metrics, names)
+    return sum(metrics[key] for key in keys) if keys else None
+
+
+def _speed(
+    metrics: Mapping[str, float],
+    names: tuple[str, ...],
+    times: Mapping[str, float],
+    phases: tuple[str, ...],
+) -> float | None:
+    """Return the tokens per second of all modules together.
+
+    Modules work one after another, so that their seconds add up. A module's seconds are its tokens over its speed;
+    where they cannot be known so, those of the phase are taken.
+    """
+    reported = find_keys(metrics, (names[0] + PER_S,))
+    if len(reported) == 1:
+        return metrics[reported[0]]
+    tokens = {key: metrics[key] for key in find_keys(metrics, names)}
+    if reported and (seconds := _seconds(tokens, {key: metrics[key] for key in reported})):
+        return sum(tokens.values()) / seconds
+    seconds = next((times[TIME + p] for p in phases if TIME + p in times), 0.0)
+    return sum(tokens.values()) / seconds if tokens and seconds > 0 else None
+
+
+def _seconds(tokens: Mapping[str, float], speeds: Mapping[str, float]) -> float | None:
+    """Return the seconds of all modules together; None if one that had tokens tells no speed."""
+    counts = dict.fromkeys((_module(key) for key in speeds), 0.0)
+    for key, count in tokens.items():
+        if _module(key) not in counts:
+            return None
+        counts[_module(key)] += count
+    found = {_module(key): speed for key, speed in speeds.items()}
+    if any(count and not found[module] for module, count in counts.items()):
+        return None
+    return sum(count / found[module] for module, count in counts.items() if count)
+
+
+def _module(key: str) -> str:
+    """Return the module of `<module>/<name>` or `<module>.<method>/<name>`."""
+    return key.rpartition("/")[0].split(".", 1)[0]
 
 
 def find(metrics: Mapping[str, float], names: tuple[str, ...]) -> float | None:
@@ -76,12 +154,26 @@ def find_key(metrics: Iterable[str], names: tuple[str, ...]) -> str | None:
     return next((parts[name] for name in names if name in parts), None)
 
 
-def measure_label(key: str) -> str:
-    """Return what to call the number that an evaluation is for: `accuracy`, `pass@1` or `eval reward`."""
+def find_keys(metrics: Iterable[str], names: tuple[str, ...]) -> list[str]:
+    """Return the full names of the first of `names` that is reported, one for each module that reports it."""
+    keys = list(metrics)
+    first = find_key(keys, names)
+    if first is None:
+        return []
+    last, depth = _last_part(first), first.count("/")
+    return [key for key in keys if key.count("/") == depth and _last_part(key) == last]
+
+
+def measure_label(key: str, metrics: Iterable[str] = ()) -> str:
+    """Return what to call the number that an evaluation is for: `accuracy`, `pass@1` or `eval reward`.
+
+    Where several modules of `metrics` report it, the module is named: `accuracy of solver`.
+    """
     last = _last_part(key)
-    if last.startswith(PASS):
-        return last
-    return "accuracy" if last in ACCURACY else "eval reward"
+    label = "accuracy" if last in ACCURACY else "eval reward"
+    label = last if last.startswith(PASS) else label
+    owner = key.removeprefix(EVAL).rpartition("/")[0]
+    return f"{label} of {owner}" if len(find_keys(metrics, (last,))) > 1 else label
 
 
 @dataclass(frozen=True)
@@ -112,10 +204,22 @@ def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> Highli
     largest = max(passes, key=lambda name: pass_k(name) or 0, default=None)
     reward = find_key(overall, REWARD)
     others = [n for n in overall if "@" not in _last_part(n) and not n.endswith("_tokens")]
-    others.sort(key=lambda name: "/" in name)  # first what a post-process function measured itself
+    rivals = find_keys(
+        overall, (_last_part(key or ""),)
+    )  # of other modules, what the evaluation is for
+    others.sort(
+        key=lambda name: ("/" in name, name not in rivals)
+    )  # a post-process function's own first
     ordered = dict.fromkeys(n for n in (key, largest, reward, *others) if n is not None)
-    shown = [(_last_part(name), metrics[name]) for name in list(ordered)[:most]]
+    shown = [(_short(name, overall), metrics[name]) for name in list(ordered)[:most]]
     return Highlights(shown, list(of_datasets.items())[:MOST_DATASETS])
+
+
+def _short(name: str, names: Iterable[str]) -> str:
+    """Return the last part of a name; all of it, if another of `names` that is not a dataset's ends alike."""
+    last, depth = _last_part(name), name.count("/")
+    alike = sum(_last_part(other) == last and other.count("/") <= depth for other in names)
+    return last if alike == 1 else name
 
 
 def pass_k(name: str) -> int | None:

@@ -24,6 +24,7 @@ from chatlearn.observability.headline import (
     ACCURACY,
     REWARD,
     Headline,
+    Labelled,
     evaluation_highlights,
     find_key,
     headline,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 REFRESH_S = 0.25
 HEARTBEAT_S = 30.0
 """In plain mode a long episode gives a line at least this often."""
+MOST_MODULES = 2
+"""Modules whose rewards, and whose losses, stand on a line."""
 
 
 class Call(Protocol):
@@ -112,7 +115,7 @@ class Progress:
         self._first_accuracy: float | None = None
         self._accuracy: float | None = None
         self._measured = "accuracy"
-        self._rewards: deque[float] = deque(maxlen=400)
+        self._rewards: dict[str, deque[float]] = {}
         self._durations: deque[float] = deque(maxlen=20)
         self._last_done = self._last_line = clock()
         self._next_episode_line = 0.0
@@ -175,8 +178,8 @@ class Progress:
         self._last_done = now
         self._episode += 1
         self._now = headline(metrics)
-        if self._now.reward is not None:
-            self._rewards.append(self._now.reward)
+        for label, reward in self._now.rewards:
+            self._rewards.setdefault(label, deque(maxlen=400)).append(reward)
         if self._live is not None:
             return
         self._pending = ""
@@ -192,7 +195,7 @@ class Progress:
         key = find_key(metrics, ACCURACY) or find_key(metrics, REWARD)
         if key is not None:
             self._accuracy = metrics[key]
-            self._measured = measure_label(key)
+            self._measured = measure_label(key, metrics)
             if self._first_accuracy is None:
                 self._first_accuracy = self._accuracy
         shown = shown_numbers(metrics)
@@ -214,11 +217,8 @@ class Progress:
         return "  ".join([*parts, *self._timing()])
 
     def _numbers(self) -> list[str]:
-        now, parts = self._now, list[str]()
-        if now.reward is not None:
-            parts.append(f"reward {number(now.reward)}")
-        if now.loss is not None:
-            parts.append(f"loss {number(now.loss)}")
+        now = self._now
+        parts = [*_first(now.rewards), *_first(now.losses)]
         if now.generated_per_s is not None:
             parts.append(f"gen {quantity(now.generated_per_s)} tok/s")
         if now.trained_per_s is not None:
@@ -324,10 +324,11 @@ class Progress:
         lines: list[RenderableType] = [head, doing]
         if facts.plain.strip():
             lines.append(facts)
-        if len(self._rewards) > 1:
-            width = min(60, max(10, (self._console.width if self._console else 80) - 10))
-            curve = sparkline(list(self._rewards), width)
-            lines.append(Text.assemble(("reward ", "dim"), (curve, "green")))
+        width = (self._console.width if self._console else 80) - 3
+        for label, rewards in list(self._rewards.items())[:MOST_MODULES]:
+            if len(rewards) > 1:
+                curve = sparkline(list(rewards), min(60, max(10, width - len(label))))
+                lines.append(Text.assemble((f"{label} ", "dim"), (curve, "green")))
         return Group(*lines)
 
     def _doing(self) -> Text:
@@ -343,6 +344,11 @@ class Progress:
         if self._phase_samples:
             doing.append(f"  {self._phase_samples} samples", style="dim")
         return doing
+
+
+def _first(labelled: Labelled) -> list[str]:
+    shown = [f"{label} {number(value)}" for label, value in labelled[:MOST_MODULES]]
+    return [*shown, "…"] if len(labelled) > MOST_MODULES else shown
 
 
 def shown_numbers(metrics: Mapping[str, float]) -> str:

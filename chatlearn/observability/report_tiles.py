@@ -16,10 +16,16 @@ from chatlearn.observability.headline import (
     TRAINED,
     find,
     find_key,
+    find_keys,
+    labels_of,
     measure_label,
+    total,
 )
 from chatlearn.observability.jsonl import Row
 from chatlearn.observability.numbers import duration, number, quantity
+
+MOST_REWARDS = 3
+"""Modules whose rewards have tiles."""
 
 
 def tiles_html(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
@@ -27,7 +33,7 @@ def tiles_html(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     trained = [row for row in rows if row.get("episode")]
     tiles = [
         _accuracy(rows, summary),
-        _reward(trained),
+        *_rewards(trained),
         _episodes(trained, summary),
         _time(rows, trained, summary),
         _tokens(rows, GENERATED, "tokens sampled"),
@@ -55,28 +61,39 @@ def _accuracy(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     label = "held-out accuracy"
     if not isinstance(before, int | float) or not isinstance(after, int | float):
         evaluated = [_numbers(row, EVAL) for row in rows]
-        keys = [key for e in evaluated if (key := find_key(e, ACCURACY))]
-        names = ACCURACY if keys else REWARD
+        every = dict.fromkeys(name for e in evaluated for name in e)
+        names = ACCURACY if find_key(every, ACCURACY) else REWARD
+        key = find_key(every, names)
         values = [v for e in evaluated if (v := find(e, names)) is not None]
-        if not values:
+        if key is None:
             return ""
-        label = f"held-out {measure_label(keys[0]) if keys else 'reward'}"
+        label = f"held-out {measure_label(key, every).removeprefix('eval ')}"
         before, after = values[0], values[-1]
         if len(values) == 1:
             return _tile(label, escape(number(after)))
     return _tile(label, _change(before, after), "first → last", "good" if after > before else "")
 
 
-def _reward(trained: Sequence[Row]) -> str:
-    values = [v for row in trained if (v := find(_numbers(row), REWARD)) is not None]
-    if not values:
-        return ""
+def _rewards(trained: Sequence[Row]) -> list[str]:
+    """Return a tile for each module's reward, named after the module where there are several."""
+    rows = [_numbers(row) for row in trained]
+    keys = find_keys(dict.fromkeys(name for row in rows for name in row), REWARD)
+    if len(keys) <= 1:
+        values = [v for row in rows if (v := find(row, REWARD)) is not None]
+        return [_reward("training reward", values)] if values else []
+    return [
+        _reward(f"training {label}", [row[key] for row in rows if key in row])
+        for key, label in list(labels_of(keys, "reward").items())[:MOST_REWARDS]
+    ]
+
+
+def _reward(label: str, values: Sequence[float]) -> str:
     tenth = max(1, len(values) // 10)
     before, after = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
     if len(values) == 1:
-        return _tile("training reward", escape(number(after)))
+        return _tile(label, escape(number(after)))
     note = f"mean of {tenth} episodes each" if tenth > 1 else "first → last"
-    return _tile("training reward", _change(before, after), note)
+    return _tile(label, _change(before, after), note)
 
 
 def _episodes(trained: Sequence[Row], summary: Mapping[str, Any]) -> str:
@@ -94,13 +111,13 @@ def _time(rows: Sequence[Row], trained: Sequence[Row], summary: Mapping[str, Any
 
 
 def _tokens(rows: Sequence[Row], names: tuple[str, ...], label: str) -> str:
-    values = [v for row in rows if (v := find(_numbers(row), names)) is not None]
-    total = sum(v for v in values if math.isfinite(v))
-    if not total:
+    values = [v for row in rows if (v := total(_numbers(row), names)) is not None]
+    whole = sum(v for v in values if math.isfinite(v))
+    if not whole:
         return ""
     seconds = max((float(row.get("time_s") or 0) for row in rows), default=0.0)
     return _tile(
-        label, quantity(total), f"{quantity(total / seconds)}/s overall" if seconds else ""
+        label, quantity(whole), f"{quantity(whole / seconds)}/s overall" if seconds else ""
     )
 
 

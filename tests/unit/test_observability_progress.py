@@ -251,6 +251,69 @@ def test_headline_finds_numbers_by_the_end_of_their_names():
     assert headline({}).loss is None
 
 
+TWO_POLICIES = {
+    "a/generated_tokens": 1000.0,
+    "b/generated_tokens": 500.0,
+    "a/generated_tokens_per_s": 1000.0,  # 1 s
+    "b/generated_tokens_per_s": 250.0,  # 2 s
+    "a_reward/rewards": 0.9,
+    "a_reward/rewards/right": 0.9,
+    "judge/rewards": 0.4,
+    "a_trainer/loss": 0.1,
+    "b_trainer/loss": -0.2,
+    "a_trainer/trained_tokens": 300.0,
+    "b_trainer/trained_tokens": 100.0,
+    "time/env_flow": 100.0,
+    "time/trainer_flow": 4.0,
+    "eval/a/generated_tokens": 1e9,
+}
+
+
+def test_several_policies_are_told_apart_and_their_tokens_counted_together():
+    found = headline(TWO_POLICIES)
+    assert found.rewards == (("a_reward", 0.9), ("judge reward", 0.4))
+    assert found.losses == (("a_trainer loss", 0.1), ("b_trainer loss", -0.2))
+    assert found.generated_per_s == pytest.approx(1500 / 3)
+    assert found.trained_per_s == pytest.approx(400 / 4)
+    progress, stream, _ = plain()
+    with progress:
+        progress.episode_done({**TWO_POLICIES, "third/rewards": 1.0})
+    assert stream.getvalue().startswith(
+        "episode 1/150  a_reward 0.9  judge reward 0.4  …  a_trainer loss 0.1  b_trainer loss -0.2  "
+        "gen 500 tok/s  train 100 tok/s  "
+    )
+
+
+def test_a_speed_of_two_methods_or_without_tokens():
+    methods = {"m.x/generated_tokens": 30.0, "m.y/generated_tokens": 10.0}
+    both = {**methods, "m/generated_tokens_per_s": 20.0, "b/generated_tokens": 10.0}
+    assert headline({**both, "b/generated_tokens_per_s": 5.0}).generated_per_s == 50 / 4
+    assert headline({**methods, "time/env_flow": 4.0}).generated_per_s == 10
+    idle = {"a/generated_tokens": 0.0, "a/generated_tokens_per_s": 0.0, "b/generated_tokens": 6.0}
+    assert headline({**idle, "b/generated_tokens_per_s": 3.0}).generated_per_s == 3
+
+
+def test_what_several_modules_report_carries_their_names_in_an_evaluation():
+    statistics = {"prompt_length": 4.0, "stop_fraction": 1.0}
+    metrics = {f"{who}/{name}": value for who in "ab" for name, value in statistics.items()}
+    found = evaluation_highlights({**metrics, "c/own": 2.0, "accuracy": 0.5}, most=9)
+    assert [name for name, _ in found.numbers] == ["accuracy", *metrics, "own"]
+    rewards = {"a/pass@1": 0.5, "a/length": 1.0, "b/pass@1": 0.7, "length": 9.0}
+    assert evaluation_highlights(rewards).numbers == [
+        ("a/pass@1", 0.5),
+        ("length", 9.0),  # of a post-process function, before those of modules
+        ("a/length", 1.0),
+    ]
+    judged = {"policy/length": 3.0, "a/rewards": 0.1, "b/rewards": 0.2}
+    assert [name for name, _ in evaluation_highlights(judged).numbers] == [
+        "a/rewards",
+        "b/rewards",
+        "length",
+    ]
+    of_datasets = {f"{d}policy/length": 1.0 for d in ("", "math/", "code/")}
+    assert evaluation_highlights(of_datasets).numbers[0] == ("length", 1.0)
+
+
 def test_an_evaluation_of_several_samples_and_datasets_stays_short():
     passes = {f"reward/pass@{k}": k / 10 for k in (1, 2, 4, 8)}
     own = {"policy/response_length": 9.0, "reward/rewards": 0.1, "reward/avg@8": 0.1, **passes}

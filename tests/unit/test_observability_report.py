@@ -258,6 +258,33 @@ def test_a_summary_overrules_and_adds_tiles(tmp_path):
         assert part in text
 
 
+def tiles(html: str) -> dict[str, str]:
+    """Return the text of every tile by its label."""
+    found = re.findall(r'<div class="tile ?\w*"><span>(.*?)</span>(.*?)</div>', html)
+    return {label: re.sub("<.*?>", " ", rest) for label, rest in found}
+
+
+def test_tiles_of_several_policies_count_all_tokens_and_name_every_reward(tmp_path):
+    store = MetricStore(tmp_path / "metrics.jsonl")
+    for episode in range(1, 4):
+        metrics = {f"{who}_reward/rewards": i + episode / 10 for i, who in enumerate("abcd")}
+        metrics |= {f"{who}/generated_tokens": 1000.0 for who in "ab"}
+        metrics |= {f"{who}_trainer/trained_tokens": 300.0 for who in "ab"}
+        metrics |= {"eval/a/pass@1": 0.5, "eval/b/pass@1": 0.25, "eval/a/generated_tokens": 9e9}
+        if episode == 2:
+            metrics |= {"a_reward/rewards": math.nan, "b/generated_tokens": math.nan}
+        store.write(episode, episode, metrics)
+    store.close()
+    found = tiles(render(tmp_path))
+    assert "5k" in found["tokens sampled"]  # all but what was no number
+    assert "1.8k" in found["tokens trained on"]
+    rewards = {label: text for label, text in found.items() if label.startswith("training")}
+    assert list(rewards) == [f"training {who}_reward" for who in "abc"]
+    assert "0.1 →" in rewards["training a_reward"]
+    assert "1.1 →" in rewards["training b_reward"]
+    assert "held-out pass@1 of a" in found
+
+
 def test_long_runs_stay_small_and_fast(tmp_path):
     store = MetricStore(tmp_path / "metrics.jsonl")
     for episode in range(1, 5001):
