@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 44, 226, 16, 34
-CURVES = (
-    ("eval/accuracy", "#2563eb", "solved by the solver"),
-    ("eval/distinct", "#d97706", "distinct, of the proposer"),
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, GAP = 760, 290, 46, 16, 62, 46, 36
+MEASURES = (
+    ("eval/accuracy", "#2563eb", "solver: right answers"),
+    ("eval/well_formed", "#d97706", "proposer: well-formed"),
+    ("eval/distinct", "#d97706", "proposer: well-formed and distinct"),
 )
+PANEL = (WIDTH - LEFT - RIGHT - GAP * (len(MEASURES) - 1)) / len(MEASURES)
+TITLE = "Self-play: both policies learn from each other"
+GREY = "#555"
 
 Curve = list[tuple[int, float]]
 
@@ -27,56 +30,70 @@ def read(folder: Path, name: str) -> Curve:
 
 
 def draw(run: Path, control: Path | None) -> str:
-    """Return the picture as SVG: solid lines for the run, dashed ones for the control."""
-    last = max(episode for episode, _ in read(run, CURVES[0][0]))
-    parts, labels = [_axes(last)], []
-    for name, colour, label in CURVES:
-        curves = [(read(run, name), label, "")]
+    """Return the picture as SVG: one panel per measure, a solid line for the run, a dashed one for the control."""
+    last = max(episode for episode, _ in read(run, MEASURES[0][0]))
+    parts = [_text(LEFT, 18, TITLE, "start", "#111", 'font-weight="bold" font-size="14"')]
+    parts += _legend(control is not None)
+    for number, (name, colour, label) in enumerate(MEASURES):
+        parts += _axes(number, last)
+        parts.append(_text(_left(number), TOP - 8, label, "start", colour))
         if control is not None:
-            curves.append((read(control, name), f"{label}, control", 'stroke-dasharray="5 4" '))
-        for curve, text, dash in curves:
-            points = [_place(episode, share, last) for episode, share in curve]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            line = f'fill="none" stroke="{colour}" stroke-width="2" {dash}/>'
-            parts.append(f'<polyline points="{path}" {line}')
-            labels.append((points[-1][1] + 4, text, colour))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-    style = 'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    return head + style + "\n".join(["", *parts, *_apart(labels), "</svg>", ""])
+            dash = 'stroke-dasharray="5 4" stroke-opacity="0.8"'
+            parts.append(_line(number, read(control, name), last, colour, dash))
+        parts.append(_line(number, read(run, name), last, colour))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+    head += f'font-family="sans-serif" font-size="12"><title>{TITLE}</title>'
+    paper = '<rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([head + paper, *parts, "</svg>", ""])
 
 
-def _apart(labels: list[tuple[float, str, str]]) -> Iterator[str]:
-    """Write the labels beside the ends of their lines, none over another."""
-    free = 0.0
-    for wanted, text, colour in sorted(labels):
-        y = max(wanted, free)
-        free = y + 15
-        yield f'<text x="{WIDTH - RIGHT + 6}" y="{y:.1f}" fill="{colour}">{text}</text>'
+def _left(panel: int) -> float:
+    return LEFT + panel * (PANEL + GAP)
 
 
-def _place(episode: float, share: float, last: int) -> tuple[float, float]:
-    x = LEFT + episode / last * (WIDTH - LEFT - RIGHT)
+def _place(panel: int, episode: float, share: float, last: int) -> tuple[float, float]:
+    x = _left(panel) + episode / last * PANEL
     return x, TOP + (1 - share) * (HEIGHT - TOP - BOTTOM)
 
 
-def _axes(last: int) -> str:
-    lines = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        (x, y), (right, _) = _place(0, share, last), _place(last, share, last)
-        lines.append(f'<path d="M{x:.1f} {y:.1f}H{right:.1f}" stroke="#e5e7eb"/>')
-        lines.append(
-            f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{share:.0%}</text>'
-        )
-    for episode in (0, last // 2, last):
-        x, y = _place(episode, 0, last)
-        lines.append(
-            f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" fill="#555">{episode}</text>'
-        )
-    x, y = _place(last / 4, 0, last)
-    lines.append(
-        f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" fill="#555">episode</text>'
+def _line(panel: int, curve: Curve, last: int, colour: str, dash: str = "") -> str:
+    points = (_place(panel, episode, share, last) for episode, share in curve)
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" {dash}/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str = GREY, more: str = "") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" {more}>{text}</text>'
     )
-    return "\n".join(lines)
+
+
+def _legend(with_control: bool) -> list[str]:
+    """Say which line is whose, at the title's right."""
+    entries = [("self-play", "")]
+    if with_control:
+        entries.append(("control: only the solver learns", 'stroke-dasharray="5 4"'))
+    parts, x = list[str](), 420.0
+    for text, dash in entries:
+        parts.append(f'<path d="M{x:.1f} 14h24" stroke="{GREY}" stroke-width="2" {dash}/>')
+        parts.append(_text(x + 30, 18, text, "start"))
+        x += 110
+    return parts
+
+
+def _axes(panel: int, last: int) -> list[str]:
+    lines = list[str]()
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        (x, y), (right, _) = _place(panel, 0, share, last), _place(panel, last, share, last)
+        lines.append(f'<path d="M{x:.1f} {y:.1f}H{right:.1f}" stroke="#e5e7eb"/>')
+        if panel == 0:
+            lines.append(_text(x - 6, y + 4, f"{share:.0%}", "end"))
+    for episode in (0, last // 2, last):
+        x, y = _place(panel, episode, 0, last)
+        lines.append(_text(x, y + 17, str(episode), "middle"))
+    x, y = _place(panel, last / 2, 0, last)
+    lines.append(_text(x, y + 35, "episode", "middle"))
+    return lines
 
 
 if __name__ == "__main__":

@@ -368,7 +368,11 @@ def test_self_play_runs_and_the_proposer_looks_further(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert picture.returncode == 0, picture.stderr
-    assert (tmp_path / "picture.svg").read_text().count("<polyline") >= 2
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert drawn.count("<polyline") == 3  # one panel per measure, in which nothing hides another
+    assert "<title>Self-play" in drawn
+    ticks = re.findall(r'y="([0-9.]+)"[^>]*>(?:0|5|10|episode)</text>', drawn)
+    assert len(set(ticks)) == 2  # the axis's name stands on a line of its own
 
 
 @pytest.mark.soak
