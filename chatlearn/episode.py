@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from chatlearn.checkpointing import refuse_unkeepable
 from chatlearn.data.feed import Feed
-from chatlearn.data.replay import Replay, describe
+from chatlearn.data.replay import Replay
 from chatlearn.data.stream import StreamDataset
-from chatlearn.errors import BatchError
+from chatlearn.errors import BatchError, describe_function
 from chatlearn.flow.batching import Batch, size
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
@@ -105,6 +105,6 @@ class EpisodeFlows:
             raise BatchError(
                 f"the replay sampler chose {size(chosen)} samples, fewer than one global batch of {needed}, "
                 "and runtime.incomplete_step=drop_last drops them all",
-                place=f"{describe(self._sampler)}, episode {episode + 1}",
+                place=f"{describe_function(self._sampler)}, episode {episode + 1}",
                 fix=f"choose {needed} samples or more, or set runtime.incomplete_step to fill or keep",
             )

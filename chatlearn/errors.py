@@ -12,6 +12,11 @@ Example:
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
 
 class ChatLearnError(Exception):
     """Report what went wrong (`cause`), where (`place`) and what to do about it (`fix`)."""
@@ -88,3 +93,15 @@ class ModuleError(ChatLearnError):
 
 class HookError(ModuleError):
     """A function that the user set on an engine or evaluator raised; the original exception is the `__cause__`."""
+
+
+def describe_function(function: Callable[..., Any]) -> str:
+    """Name a user's function for an error: `newest (train.py:12)`; partials and callable objects are looked into."""
+    inner: Any = function
+    while isinstance(inner, partial):
+        inner = cast("Any", inner).func
+    if not hasattr(inner, "__qualname__"):
+        inner = type(inner).__call__
+    code = getattr(inspect.unwrap(inner), "__code__", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+    return f"{inner.__qualname__}{place}"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,14 @@ from typing import Any, ClassVar, Self, cast
 from chatlearn.compilation import compile_program
 from chatlearn.config import active
 from chatlearn.data.feed import Dataset
-from chatlearn.data.prompts import Rows, Source, load_prompts
-from chatlearn.errors import ChatLearnError, DataError, EngineError, HookError
+from chatlearn.data.prompts import FILE_SUFFIXES, Rows, Source, load_prompts
+from chatlearn.errors import (
+    ChatLearnError,
+    DataError,
+    EngineError,
+    HookError,
+    describe_function,
+)
 from chatlearn.flow.batching import Batch, is_number, numbers
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.trace import Flow, trace
@@ -26,8 +31,6 @@ from chatlearn.stage import Results, Stage, numbers_of_its_own
 
 Datasets = Sequence[Source] | Mapping[str, Source]
 PostProcess = Callable[[Results, "EvalInfo"], Any]
-
-_FILES = (".jsonl", ".ndjson", ".parquet")
 
 
 class Executor:
@@ -279,12 +282,12 @@ class Evaluator(Executor):
                 else f"{type(error).__name__}: {error}"
             )
             raise HookError(
-                f"{text}\n  hook: {_described(hook)}, set by set_post_process_func\n"
+                f"{text}\n  hook: {describe_function(hook)}, set by set_post_process_func\n"
                 f"  episode: {info.episode_iteration + 1 or 'none yet'}"
             ) from error
         if returned is None:
             return []
-        who = f"the post-process function {_described(hook)}"
+        who = f"the post-process function {describe_function(hook)}"
         if not isinstance(returned, Mapping):
             kind = type(returned).__name__
             return [
@@ -318,18 +321,6 @@ def _by_module(graph: FlowGraph, batches: Mapping[int, list[Batch]]) -> Results:
     return results
 
 
-def _described(function: Callable[..., Any]) -> str:
-    """Return a function's name and where it stands: `accuracy (train.py:12)`."""
-    inner: Any = function
-    while isinstance(inner, functools.partial):
-        inner = cast("Any", inner).func
-    if not hasattr(inner, "__qualname__"):  # an object with __call__
-        inner = type(inner).__call__
-    code = getattr(inspect.unwrap(inner), "__code__", None)
-    place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
-    return f"{inner.__qualname__}{place}"
-
-
 def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise DataError(
@@ -344,7 +335,7 @@ def _names_of(sources: Sequence[Source]) -> list[str]:
     names: list[str] = []
     for number, source in enumerate(sources):
         path = Path(source) if isinstance(source, str | Path) else Path()
-        name = (path.stem if path.suffix in _FILES else path.name) or f"dataset_{number}"
+        name = (path.stem if path.suffix in FILE_SUFFIXES else path.name) or f"dataset_{number}"
         tries = (f"{name}_{i}" if i > 1 else name for i in range(1, len(sources) + 2))
         names.append(next(candidate for candidate in tries if candidate not in names))
     return names

@@ -23,9 +23,8 @@ from chatlearn.arithmetic import (
     train_plan,
 )
 from chatlearn.config import Config, plain
-from chatlearn.data.replay import describe
 from chatlearn.data.sampler import PromptSampler
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ConfigError, describe_function
 from chatlearn.module import BaseModule, resolved_config
 from chatlearn.observability.pass_at_k import measured_ks
 from chatlearn.program import Executor, Program, name_of
@@ -211,7 +210,7 @@ def _replay(program: Program, samples: int) -> str:
     if offset:
         window += f", from episode {offset + 1} on"
     if sampler is not None:
-        return f"{describe(sampler)} chooses from {window}; it decides how many updates that makes"
+        return f"{describe_function(sampler)} chooses from {window}; it decides how many updates that makes"
     lengths = {episodes_trained_on(runtime, i) for i in range(runtime.num_episode)} or {1}
     least, most = (train_plan(runtime, n * samples).updates for n in (min(lengths), max(lengths)))
     updates = count(least, "update") if least == most else f"{least} to {count(most, 'update')}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any, Self
 
+from chatlearn.columns import ADVANTAGES
 from chatlearn.data.prompts import Source
 from chatlearn.engine import Engine
 from chatlearn.errors import EngineError
@@ -67,6 +68,18 @@ def _require(preset: str, method: str, **arguments: Module) -> None:
             )
 
 
+def _require_advantages(preset: str, trainer: Module, *makers: Module, fix: str) -> None:
+    """Refuse a trainer that needs advantages behind modules that are all known not to make them."""
+    declared = [maker.writes for maker in makers]
+    nobody = all(writes is not None and ADVANTAGES not in writes for writes in declared)
+    if isinstance(trainer, PolicyTrainer) and nobody:
+        raise EngineError(
+            f"{preset}: {trainer!r} reads the column {ADVANTAGES!r}, which no module of this engine makes",
+            place=user_place(),
+            fix=fix,
+        )
+
+
 _EXAMPLES: dict[str, type[BaseModule]] = {
     "policy": PolicyInference,
     "reference": PolicyReference,
@@ -96,6 +109,13 @@ class RLHFEngine(_Preset):
         _require("RLHFEngine", "forward_step", policy=policy, **scorers)
         trainers = {"policy_trainer": policy_trainer, "value_trainer": value_trainer}
         _require("RLHFEngine", "train_step", **trainers)
+        _require_advantages(
+            "RLHFEngine",
+            policy_trainer,
+            policy,
+            *scorers.values(),
+            fix="have the value or reward module make them of `rewards` and `values`, and declare it in its `writes`",
+        )
 
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
@@ -168,6 +188,12 @@ class OnlineDPOEngine(_Preset):
         scorers = {"policy": policy, "reference": reference, "reward": reward}
         _require("OnlineDPOEngine", "forward_step", **scorers)
         _require("OnlineDPOEngine", "train_step", policy_trainer=policy_trainer)
+        _require_advantages(
+            "OnlineDPOEngine",
+            policy_trainer,
+            *scorers.values(),
+            fix="pass a trainer of your own that compares the samples of a prompt; or use GRPOEngine",
+        )
 
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)

@@ -9,9 +9,14 @@ from typing import Any, cast
 
 from chatlearn.columns import PROMPT
 from chatlearn.data.prompts import Rows
-from chatlearn.data.replay import describe
 from chatlearn.data.sampler import PromptSampler
-from chatlearn.errors import ChatLearnError, ConfigError, DataError, FlowError
+from chatlearn.errors import (
+    ChatLearnError,
+    ConfigError,
+    DataError,
+    FlowError,
+    describe_function,
+)
 from chatlearn.module import BaseModule, resolved_config
 from chatlearn.program import Executor, Program, SyncPair, name_of
 
@@ -175,7 +180,8 @@ def check_replay(program: Program) -> None:
     if program.replay_sampler is not None:
         program.problems.append(
             ConfigError(
-                f"the replay sampler {describe(program.replay_sampler)} would never be asked: no episodes are kept",
+                f"the replay sampler {describe_function(program.replay_sampler)} would never be asked: "
+                "no episodes are kept",
                 place=program.place_of("runtime.max_replay_episode"),
                 fix="set runtime.max_replay_episode, e.g. to 4 (-1 keeps all), or take set_replay_sampler away",
             )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import combinations
 
-from chatlearn.module import resolved_config, written_columns
+from chatlearn.module import BaseModule, resolved_config, written_columns
 from chatlearn.program import Program
 
 _OF_TRAINING = (
@@ -82,11 +82,26 @@ def _note_idle_modules(program: Program) -> None:
             program.notes.append(
                 f"{key}: no effect, since no parameter sync leads into {module.name}"
             )
+        _note_idle_replicas(program, module)
         key = f"models.{module.name}.generation_batch_size"
         if program.is_set(key) and module.batch_by == "episode":
             program.notes.append(
                 f"{key}: no effect, since {module.name} takes the whole episode at once"
             )
+
+
+def _note_idle_replicas(program: Program, module: BaseModule) -> None:
+    config = resolved_config(module)
+    size = config.generation_batch_size or program.config.runtime.generation_batch_size
+    if config.num_replica > 1 and (size is None or module.batch_by == "episode"):
+        why = (
+            "it takes the whole episode at once"
+            if module.batch_by == "episode"
+            else "without a generation_batch_size each of its calls takes all samples at once"
+        )
+        program.notes.append(
+            f"models.{module.name}.num_replica={config.num_replica}: one replica does all the work, since {why}"
+        )
 
 
 def note_what_may_surprise(program: Program) -> None:

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from chatlearn.checkpoint.folder import restore_rng, rng_states, seed_all
 from chatlearn.config import RuntimeConfig
@@ -85,6 +85,10 @@ class Stage:
             if built is None:
                 worker.hook("check_rows", rows)
             dataset = PromptDataset(rows) if built is None else built
+            if type(built) is list and not any(
+                isinstance(x, dict) for x in cast("list[Any]", built)
+            ):
+                dataset = PromptDataset(cast("Rows", built))  # prompts, as if they had been given
             if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
                 raise DataError(
                     f"build_dataset returned a {type(dataset).__name__} without length or rows by index",

@@ -101,7 +101,7 @@ def tiny_tokenizer(
 
 
 def tiny_pair(seed: int = 0) -> tuple[Any, Any]:
-    """Return `(tiny_model(seed=seed), tiny_tokenizer())`, which a module takes as `model`."""
+    """Return `(tiny_model(seed=seed), tiny_tokenizer())`; a module takes the function itself: `model=tiny_pair`."""
     return tiny_model(seed=seed), tiny_tokenizer()
 
 

@@ -10,6 +10,7 @@ are in memory already only columns and empty prompts are checked: a module may t
 from __future__ import annotations
 
 import codecs
+import difflib
 import json
 import math
 import sys
@@ -29,6 +30,8 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+FILE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+"""How files end that prompts are read from."""
 Source = Rows | Sequence[Any] | str | Path
 
 
@@ -75,7 +78,7 @@ def load_prompts(source: Source, *, split: str = "train", what: str = "the datas
 
 
 def _load_path(path: Path, name: str, split: str) -> Rows:
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix in FILE_SUFFIXES[:2]:
         return list(_read_jsonl(_existing(path)))
     if path.suffix == ".parquet":
         return list(_read_parquet(_existing(path)))
@@ -84,6 +87,12 @@ def _load_path(path: Path, name: str, split: str) -> Rows:
             f"prompts cannot be read from a {path.suffix or 'nameless'} file",
             place=name,
             fix="use .jsonl or .parquet, or a Hugging Face dataset path",
+        )
+    if meant := difflib.get_close_matches(path.suffix.lower(), FILE_SUFFIXES, 1, 0.75):
+        raise DataError(
+            f"{path.suffix} is no kind of file that prompts are read from",
+            place=name,
+            fix=f"did you mean {path.with_suffix(meant[0])}?",
         )
     return _load_hugging_face(path, name, split)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from chatlearn.columns import UID
-from chatlearn.errors import BatchError, ChatLearnError, ModuleError
+from chatlearn.errors import BatchError, ChatLearnError, ModuleError, describe_function
 from chatlearn.flow.batching import (
     Batch,
     Column,
@@ -151,7 +151,7 @@ class _Choice:
 
     def __init__(self, sampler: ReplaySampler, episode: int, window: Sequence[Kept]) -> None:
         self._sampler = sampler
-        self._name = describe(sampler)
+        self._name = describe_function(sampler)
         self._episode = episode
         self._window = window
 
@@ -251,14 +251,3 @@ def _words(error: Exception) -> str:
         )
     except Exception:  # noqa: BLE001 - an exception that cannot be printed must not hide where it came from
         return f"{type(error).__name__} (its message cannot be printed)"
-
-
-def describe(function: Callable[..., Any]) -> str:
-    """Name a user's function for an error: `newest (train.py:12)`; partials are looked through."""
-    inner: Any = function
-    while isinstance(inner, partial):
-        inner = cast("Any", inner).func
-    code = getattr(inspect.unwrap(inner), "__code__", None)
-    if code is None:  # an object with __call__
-        return f"{type(inner).__module__}.{type(inner).__qualname__}"
-    return f"{inner.__qualname__} ({code.co_filename}:{code.co_firstlineno})"

@@ -55,7 +55,7 @@ def check_names(graphs: Iterable[FlowGraph]) -> list[BaseModule]:
     """Return the distinct modules of several flows.
 
     Raises:
-        FlowError: two different modules have one name.
+        FlowError: two different modules have one name, or a name can be no folder.
     """
     by_name: dict[str, BaseModule] = {}
     places: dict[str, str] = {}
@@ -63,6 +63,12 @@ def check_names(graphs: Iterable[FlowGraph]) -> list[BaseModule]:
         for node in graph.nodes:
             other = by_name.setdefault(node.module.name, node.module)
             places.setdefault(node.module.name, node.place)
+            if node.module.name in (".", "..") or set(node.module.name) & set("/\\\0"):
+                raise FlowError(
+                    f"the name {node.module.name!r} of a module can be no folder, which checkpoints make of it",
+                    place=node.place,
+                    fix="leave slashes out",
+                )
             if other is not node.module:
                 raise FlowError(
                     f"two modules have the name {node.module.name!r}: {other!r} and {node.module!r}",

@@ -103,7 +103,9 @@ class PolicyInference(BaseModule):
 
     def check_config(self) -> list[ChatLearnError]:
         """Return what is wrong with the model's and the tokenizer's source."""
-        return check_source(self.config.model, self.config.tokenizer)
+        return check_source(
+            self.config.model, self.config.tokenizer, place=f"models.{self.name}.model"
+        )
 
     def setup(self) -> None:
         """Load the model and its tokenizer; weights take no gradient here."""

@@ -139,7 +139,11 @@ class PolicyTrainer(BaseModule):
     def check_config(self) -> list[ChatLearnError]:
         """Return what is wrong with the model's and the tokenizer's source."""
         # A tokenizer is only exported, never needed: any object stands for "there is one".
-        return check_source(self.config.model, self.config.tokenizer or object())
+        return check_source(
+            self.config.model,
+            self.config.tokenizer or object(),
+            place=f"models.{self.name}.model",
+        )
 
     def setup(self) -> None:
         """Load model and tokenizer, and make the optimiser."""

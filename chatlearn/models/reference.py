@@ -57,7 +57,9 @@ class PolicyReference(BaseModule):
     def check_config(self) -> list[ChatLearnError]:
         """Return what is wrong with the model's source."""
         # No tokenizer is needed: samples arrive as token ids. Any object stands for "there is one".
-        return check_source(self.config.model, tokenizer=object())
+        return check_source(
+            self.config.model, tokenizer=object(), place=f"models.{self.name}.model"
+        )
 
     def setup(self) -> None:
         """Load the model; its weights take no gradient."""

@@ -183,7 +183,7 @@ def check_source(
             _as_config(source)
         except ConfigError as error:
             problems.append(error)
-        if tokenizer is None:
+        if tokenizer is None and (isinstance(source, Mapping) or not problems):
             problems.append(
                 ConfigError(
                     "a model made from a config brings no tokenizer",

@@ -328,6 +328,12 @@ def test_two_modules_with_one_name_are_an_error() -> None:
         train(PROMPTS, learner, echo=a)
 
 
+@pytest.mark.parametrize("name", ["../up", "a/b", "..", "."])
+def test_a_name_that_can_be_no_folder_is_an_error(name: str) -> None:
+    with pytest.raises(FlowError, match="can be no folder"):
+        generate(lambda batch: Step(name).forward_step(batch), PROMPTS)
+
+
 # ---- modules --------------------------------------------------------------------------------------
 
 
@@ -378,6 +384,16 @@ def test_build_dataset_of_the_first_module_is_asked() -> None:
     assert second.prompts == [f"<{p}>" for p in PROMPTS]
     collect(flow)
     assert first.asked == (PROMPTS, True)
+
+
+def test_build_dataset_may_return_a_plain_list() -> None:
+    class Upper(Step):
+        def build_dataset(self, prompts: Any, is_eval: bool = False) -> Any:
+            return [prompt.upper() for prompt in prompts]
+
+    upper = Upper("upper")
+    (batch,) = collect(lambda batch: upper.forward_step(batch))["upper"]
+    assert batch["prompt"] == [prompt.upper() for prompt in PROMPTS]
 
 
 def test_prompts_pass_as_prompt_or_as_their_columns() -> None:

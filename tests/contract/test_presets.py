@@ -540,6 +540,24 @@ def test_the_fix_names_the_class_that_was_not_constructed() -> None:
         GRPOEngine(a, b, c, FunctionReward("r", exact))
 
 
+def test_a_policy_trainer_whose_advantages_nobody_makes_is_refused() -> None:
+    policy, reference, reward, learner = (
+        PolicyInference("policy", model=tiny_pair),
+        PolicyReference("reference", model=tiny_pair),
+        FunctionReward("reward", exact),
+        PolicyTrainer("learner", model=tiny_pair),
+    )
+    with pytest.raises(
+        EngineError, match=r"OnlineDPOEngine: .*'learner'.* reads the column"
+    ) as raised:
+        OnlineDPOEngine(policy, reference, reward, learner)
+    assert raised.value.place.startswith(__file__)
+    value = FunctionReward("value", exact)
+    with pytest.raises(EngineError, match=r"RLHFEngine: .* reads the column 'advantages'"):
+        RLHFEngine(policy, reference, reward, value, learner, d)
+    RLHFEngine(policy, reference, c, value, learner, d)  # nobody knows what c writes
+
+
 class Loses(Any_):
     def forward_step(self, data: Batch) -> Batch:
         return {"uid": data["uid"][1:]}

@@ -320,7 +320,7 @@ def collated(function: Any) -> list[Any]:
         (collated(lambda rows: rows), BatchError, ["must return a dict"], "Collated.collate_fn"),
         (collated(lambda rows: 1 / 0), DataError, ["ZeroDivisionError"], "Collated.collate_fn"),
         (collated(3), DataError, ["not callable"], "Collated.collate_fn"),
-        ([1, 2], BatchError, ["must be a dict, not int"], "list"),
+        ([{"x": 1}, 2], BatchError, ["must be a dict, not int"], "list"),
         ([{"x": 1}, {"y": 1}], BatchError, ["['x'] and ['y']"], "list"),
         ([{"uid": 1}], DataError, ["columns ['uid']"], "list"),
     ],

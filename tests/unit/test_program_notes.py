@@ -101,6 +101,19 @@ NOTED: dict[str, Notes] = {
             "the evaluator is never asked: runtime.eval_episode_interval=4 exceeds runtime.num_episode=3"
         ],
     ),
+    "replicas that never get anything to do": (
+        {"models": {"m": {"num_replica": 3}}},
+        lambda: engine(env(M)),
+        [
+            "models.m.num_replica=3: one replica does all the work, since without a generation_batch_size each of "
+            "its calls takes all samples at once"
+        ],
+    ),
+    "replicas that share the work": (
+        {"runtime": {"generation_batch_size": 1}, "models": {"m": {"num_replica": 3}}},
+        lambda: engine(env(M)),
+        [],
+    ),
     "an evaluator that is asked before training only": (
         {
             "runtime": {

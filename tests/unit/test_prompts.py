@@ -320,3 +320,12 @@ def test_a_dataset_that_fails_is_named_with_its_row() -> None:
         feed(Failing([1])).batch(0, 1)
     assert raised.value.place == "Failing, row 0"
     assert isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("train.jsnl", "train.jsonl"), ("a.paruqet", "a.parquet")]
+)
+def test_a_misspelt_ending_is_refused_before_the_hub_is_asked(name, meant, monkeypatch):
+    monkeypatch.setattr("chatlearn.data.prompts._load_hugging_face", pytest.fail)
+    with pytest.raises(DataError, match=f"did you mean {meant}"):
+        load_prompts(name)

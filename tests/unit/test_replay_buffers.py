@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatlearn.data.replay import EpisodeBuffer, Replay, describe
-from chatlearn.errors import ModuleError
+from chatlearn.data.replay import EpisodeBuffer, Replay
+from chatlearn.errors import ModuleError, describe_function
 from chatlearn.flow.batching import samples, size
 
 
@@ -144,10 +144,10 @@ def test_functions_are_named() -> None:
 
     def plain(buffers: Any, extra: int) -> Any: ...
 
-    assert "plain (" in describe(functools.partial(plain, extra=1))
-    assert "Choosing.method (" in describe(Choosing().method)
-    assert describe(Choosing()).endswith("Choosing")
-    assert describe(json.dumps).startswith("dumps (")
+    assert "plain (" in describe_function(functools.partial(plain, extra=1))
+    assert "Choosing.method (" in describe_function(Choosing().method)
+    assert "Choosing.__call__ (" in describe_function(Choosing())
+    assert describe_function(json.dumps).startswith("dumps (")
 
 
 def test_an_error_of_ours_in_a_sampler_keeps_its_words() -> None:
