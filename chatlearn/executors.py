@@ -23,6 +23,7 @@ from chatlearn.flow.batching import Batch, is_number, numbers
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.trace import Flow, trace
 from chatlearn.inspection import intercept
+from chatlearn.module import state_of
 from chatlearn.observability.evaluation import EvaluationMetrics
 from chatlearn.observability.evaluation_progress import EvaluationProgress
 from chatlearn.program import Program, raise_problems
@@ -188,11 +189,19 @@ class Evaluator(Executor):
             with numbers_of_its_own(runtime.seed):
                 stage.set_up()
             self.stage = stage
+            lost = [m.name for m in program.modules if state_of(m).has_lost_weights]
+        else:
+            lost = []
         stage = self.stage
         stage.config = runtime  # of now, whatever it was when the modules were set up
         prompts = sum(map(len, self._datasets(stage, graph).values()))
         samples = prompts * runtime.eval_num_inference_per_prompt
         with EvaluationProgress(samples, len(graph.nodes)) as display:
+            if lost:
+                display.note(
+                    f"{', '.join(lost)}: measured with the weights that setup() makes; what a parameter sync "
+                    "brought was released when its engine was stopped"
+                )
             with stage.showing_tokens(display.tick):
                 results = self.run(
                     stage,

@@ -135,13 +135,16 @@ class Worker:
         state = state_of(self.module)
         if anew:
             self.release()
+            state.has_lost_weights = False  # on purpose
         if not state.is_set_up:
             self.hook("setup")
             state.is_set_up = True
 
     def release(self) -> None:
         """Have the next engine set the module up anew."""
-        state_of(self.module).is_set_up = False
+        state = state_of(self.module)
+        state.has_lost_weights |= state.is_set_up and self.module.policy_version > 0
+        state.is_set_up = False
         self.module.policy_version = 0
 
     def hook(self, name: str, *args: Any, where: Where | None = None, **kwargs: Any) -> Any:

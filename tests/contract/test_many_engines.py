@@ -113,6 +113,21 @@ def test_evaluation_after_stop_does_not_measure_untrained_weights():
     assert evaluator.eval()["sampler"][0]["weight"].tolist() == [1.0, 1.0]
 
 
+def test_a_new_evaluator_after_stop_says_that_weights_were_released(capsys):
+    learner, sampler = Learner("learner"), Sampler("sampler")
+    with engine_of(learner, sampler) as engine:
+        engine.learn()
+    fresh = Evaluator(lambda batch: sampler.eval_step(batch)).set_dataset(PROMPTS[:2])
+    capsys.readouterr()
+    fresh.eval()
+    assert "sampler: measured with the weights that setup() makes" in capsys.readouterr().err
+    fresh.stop()
+    engine.learn()
+    capsys.readouterr()
+    assert fresh.eval()["sampler"][0]["weight"].tolist() == [1.0, 1.0]
+    assert "setup()" not in capsys.readouterr().err
+
+
 def test_what_a_module_returned_stays_as_it_was():
     class Reusing(BaseModule):
         def setup(self) -> None:
