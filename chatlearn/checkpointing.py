@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chatlearn.checkpoint import folder as checkpoints
+from chatlearn.checkpoint.newest import newest
 from chatlearn.checkpoint.state import RunState
 from chatlearn.data.feed import Dataset
 from chatlearn.data.fingerprint import fingerprint, name_of
@@ -27,14 +28,31 @@ class Checkpointing:
         self._program = program
         self._stage = stage
         self._resume = program.config.runtime.resume
-        self._saved_episode = -1
+        self.latest: Path | None = None
+        """The checkpoint that was written or resumed from last."""
         self._given = [{"rows": len(r), "sha256": fingerprint(r)} for r in program.training_rows]
 
-    def to_resume(self, root: Path) -> Path | None:
-        """Return the checkpoint to go on from, `root` being the output folder's checkpoints."""
+    def to_resume(self, root: Path) -> tuple[Path | None, list[str]]:
+        """Find the checkpoint to go on from, `root` being the output folder's checkpoints.
+
+        Returns:
+            The checkpoint, if there is one, and a line for each damaged one that it was preferred to.
+
+        Raises:
+            CheckpointError: `runtime.resume=auto` finds checkpoints, but none that is whole.
+        """
         if self._resume == "auto":
-            return checkpoints.newest(root)
-        return None if self._resume == "never" else Path(self._resume)
+            return newest(root)
+        return (None if self._resume == "never" else Path(self._resume)), []
+
+    def restore(self, root: Path) -> None:
+        """Undo what a crash left half-done below `root`, which must be this run's own by now.
+
+        Raises:
+            CheckpointError: it cannot be written there.
+        """
+        if self._resume == "auto":
+            checkpoints.restore(root)
 
     def check_named(self) -> None:
         """Refuse a checkpoint that `runtime.resume` names, before anything is written anywhere (see `check`)."""
@@ -56,7 +74,7 @@ class Checkpointing:
 
     def goes_on_in(self, folder: Path) -> bool:
         """Tell whether the run to resume lies in `folder`; what else lies there belongs to an earlier run."""
-        checkpoint = self.to_resume(folder / "checkpoints")
+        checkpoint, _ = self.to_resume(folder / "checkpoints")
         return checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve())
 
     def save(
@@ -68,8 +86,9 @@ class Checkpointing:
         rng: checkpoints.RngStates | None,
         replay: Replay | None,
     ) -> Path | None:
-        """Write a checkpoint below `root`, unless the one of this episode is there already."""
-        if self._saved_episode == state.episode:
+        """Write a checkpoint below `root`, unless the run wrote the one of this episode or went on from it."""
+        target = checkpoints.path_of(root, state.episode)
+        if self.latest is not None and self.latest.resolve() == target.resolve():
             return None
         modules = self._stage.modules
         state.prompts_drawn = sampler.drawn
@@ -81,7 +100,7 @@ class Checkpointing:
         state.replay = _settings(replay)
         state.config_digest = self._program.config.digest(self._program.module_configs)
         self._hook("save_checkpoint", state)
-        path = checkpoints.save(
+        self.latest = checkpoints.save(
             root,
             state,
             self._replicas(),
@@ -89,8 +108,7 @@ class Checkpointing:
             rng=rng,
             replay=None if replay is None else replay.state(),
         )
-        self._saved_episode = state.episode
-        return path
+        return self.latest
 
     def resume(
         self,
@@ -120,7 +138,7 @@ class Checkpointing:
             replica.policy_version = state.policy_versions.get(replica.name, 0)
         notes = _resume_replay(path, state, replay)
         self._hook("load_checkpoint", state)
-        self._saved_episode = state.episode
+        self.latest = path
         return state, notes
 
     def _replicas(self) -> list[BaseModule]:

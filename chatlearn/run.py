@@ -25,6 +25,7 @@ from chatlearn.module import BaseModule, call_hook, mark_running
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
 from chatlearn.runtime.local import Outcome
+from chatlearn.runtime.worker import Where
 from chatlearn.stage import Results, Stage
 from chatlearn.syncs import Syncs
 
@@ -61,8 +62,10 @@ class Run:
         self.result = RunResult(0, 0, 0.0, Path())
         self._resume_from: Path | None = None
         self._rng_to_save: checkpoints.RngStates | None = None
+        """The states before calls that a resumed run makes again; None stands for the present ones."""
         self._module_seconds = 0.0
         self._open_episode: int | None = None
+        """The episode under way; its row of metrics is still to be written."""
         self._interruption = Interruption()
         self._is_whole = True
         """Whether modules are as the end of an episode left them."""
@@ -97,7 +100,8 @@ class Run:
     def _begin(self) -> None:
         folder = self._recorder.folder
         self.result.folder = folder.path
-        self._resume_from = self._checkpointing.to_resume(folder.checkpoints)
+        self._checkpointing.restore(folder.checkpoints)
+        self._resume_from, damaged = self._checkpointing.to_resume(folder.checkpoints)
         done = self._checkpointing.check(self._resume_from).episode if self._resume_from else 0
         self._interruption.catch()
         self._interruption.may_raise = True
@@ -129,7 +133,7 @@ class Run:
                 self._resume_from, self._sampler, self._datasets, self._replay
             )
             resumed = f"resumed from {self._resume_from}: {self.state.episode} episodes done"
-            notes = [resumed, *surprises, *notes]
+            notes = [*damaged, resumed, *surprises, *notes]
         self._show_progress_of_calls(self._tick)
         for note in notes:
             self._recorder.note(note)
@@ -145,9 +149,9 @@ class Run:
         interruption = self._interruption
         stopped = interruption.requested and isinstance(error, KeyboardInterrupt | None)
         try:
-            if error is None or (stopped and not interruption.is_forced):
+            if error is None or (stopped and self._is_whole and not interruption.is_forced):
                 self._finish(complete=not stopped)
-            elif isinstance(error, Exception):
+            elif not interruption.is_forced:
                 self._keep_what_was_done()
         finally:
             self._end(KeyboardInterrupt() if stopped else error)
@@ -186,10 +190,22 @@ class Run:
                 worker.module.progress = tick
 
     def _keep_what_was_done(self) -> None:
-        """After a failure, leave the episodes that are done, if no train step has touched them since."""
-        if self.state.episode == 0 or not self._is_whole:
+        """After a failure, or a Ctrl-C of the user's own code, leave the episodes that are done.
+
+        Once a train step has touched them, they cannot be saved any more: what was saved before remains.
+        """
+        if not self._is_whole:
+            latest = self._checkpointing.latest
+            self._recorder.note(
+                f"episode {self.state.episode + 1} had begun to train, which cannot be saved; "
+                + (f"the last checkpoint is {latest}" if latest else "there is no checkpoint")
+            )
+            return
+        if self.state.episode == 0:
             return
         try:
+            if self._open_episode == self.state.episode:
+                self._record_episode()  # it failed in its evaluation or checkpoint
             self._save()
             self._recorder.finish(
                 self.state.episode, time.perf_counter() - self._start, complete=False
@@ -234,7 +250,9 @@ class Run:
                 f"nothing left to do: {self.state.episode} of {self.config.num_episode} episodes are done"
             )
         while self.state.episode < self.config.num_episode and not self._interruption.requested:
+            self._call_after_episode()  # of the episode that a checkpoint between episodes resumed
             self._recorder.begin_episode(self.state.episode + 1)
+            self._rng_to_save = checkpoints.rng_states()
             self.stage.runtime.hook("before_episode", episode=self.state.episode + 1)
             self._open_episode = self.state.episode + 1
             yield self.state.episode
@@ -243,7 +261,26 @@ class Run:
     def _close_episode(self) -> None:
         """End an episode that is done: the last hooks, its row of metrics."""
         self._open_episode = None
-        self.stage.runtime.hook("after_episode", episode=self.state.episode)
+        try:
+            self._call_after_episode()
+        finally:
+            self._record_episode()
+
+    def _call_after_episode(self) -> None:
+        """Call `after_episode` of every module that has not had it yet; one that fails has it again on resume."""
+        due = self.state.after_episode_due
+        for name, workers in self.stage.runtime.workers.items():
+            if name not in due:
+                continue
+            if type(workers[0].module).after_episode is not BaseModule.after_episode:
+                self._rng_to_save = checkpoints.rng_states()
+            for worker in workers:
+                worker.hook("after_episode", where=Where(self.state.episode))
+            due.remove(name)
+        self._rng_to_save = None
+
+    def _record_episode(self) -> None:
+        self._open_episode = None
         self.result.metrics = self._recorder.episode_done(
             self.state.episode, self.state.train_iteration, self._module_seconds
         )
@@ -252,7 +289,6 @@ class Run:
         """Run the environment flow and, as its samples allow, the trainer flow."""
         assert self._plan is not None
         drawn, counts = self._sampler.drawn, self.stage.iterations.copy()
-        rng = checkpoints.rng_states()
         draws = self._sampler.draw(self._plan.prompts)
         feed = Feed(self._datasets, draws, self._plan.group_size, drawn)
         self.stage.runtime.has_trained = False
@@ -260,10 +296,8 @@ class Run:
             outcome = self._flows.run(self.state.episode, feed)
         except BaseException:
             self._is_whole = not self.stage.runtime.has_trained
-            if (
-                self._is_whole
-            ):  # go back to where the episode began, so that a checkpoint repeats it
-                self._sampler.drawn, self._rng_to_save = drawn, rng
+            if self._is_whole:  # go back to where the episode began: a checkpoint repeats it
+                self._sampler.drawn = drawn
                 self.stage.iterations.clear()
                 self.stage.iterations.update(counts)
             raise
@@ -280,7 +314,8 @@ class Run:
                 self._syncs.run_due(self._recorder, self.state.episode + 1)
         if not first:
             self.state.episode += 1
-            self._is_whole = True
+            self.state.after_episode_due = list(self.stage.runtime.workers)
+            self._is_whole, self._rng_to_save = True, None
 
     def evaluate_if_due(self) -> None:
         """Run the evaluation flow every `eval_episode_interval` episodes."""

@@ -24,6 +24,7 @@ import random
 import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,9 @@ from chatlearn.checkpoint.state import RunState
 from chatlearn.errors import CheckpointError
 from chatlearn.module import BaseModule, call_hook
 
-_LATEST = "latest"
+LATEST = "latest"
+REPLACED = ".replaced-"
+"""Begins the name of a checkpoint while a newer one of the same episode takes its place."""
 _OLDER = "resume from an older one with runtime.resume=<path>"
 _LOADABLE = {
     bool,
@@ -78,9 +81,10 @@ def save(
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints are untouched.
     """
-    target = root / f"episode-{state.episode:06d}"
+    target = path_of(root, state.episode)
     partial = root / f".partial-{os.getpid()}"
     try:
+        _make_way(root / LATEST)
         _clear(root)
         partial.mkdir(parents=True)
         for module in modules:
@@ -92,12 +96,14 @@ def save(
         (partial / "checkpoint.json").write_text(state.to_json(), encoding="utf-8")
         _flush(partial)
         if target.exists():  # saved anew after going on from an older one
-            target.rename(root / f".replaced-{os.getpid()}")
+            target.rename(root / f"{REPLACED}{os.getpid()}")
         partial.rename(target)
         _point_at(root, target.name)
         _clear(root)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(CheckpointError):
+            restore(root)
         raise CheckpointError(
             f"the checkpoint of episode {state.episode} could not be written: {error}",
             place=str(root),
@@ -106,15 +112,41 @@ def save(
     return target
 
 
-def newest(root: Path) -> Path | None:
-    """Return the newest whole checkpoint below `root`, if there is one: what `latest` names, else the last one."""
-    pointer = root / _LATEST
-    if pointer.is_file():
-        target = root / pointer.read_text(encoding="utf-8").strip()
-        if (target / "checkpoint.json").is_file():
-            return target
-    whole = [path.parent for path in root.glob("episode-*/checkpoint.json")]
-    return max(whole, default=None)
+def path_of(root: Path, episode: int) -> Path:
+    """Return where the checkpoint after `episode` episodes lies."""
+    return root / f"episode-{episode:06d}"
+
+
+def set_aside(root: Path) -> dict[Path, Path]:
+    """Find whole checkpoints that a crash kept from being replaced by a newer one of the same episode.
+
+    Returns:
+        Where each lies now, and where it belongs.
+    """
+    found: dict[Path, Path] = {}
+    for path in root.glob(f"{REPLACED}*"):
+        with suppress(CheckpointError):
+            target = path_of(root, check(path).episode)
+            if not target.exists():
+                found[path] = target
+    return found
+
+
+def restore(root: Path) -> None:
+    """Give checkpoints that were set aside for ones that never came their names back.
+
+    Raises:
+        CheckpointError: it cannot be written there.
+    """
+    for path, target in set_aside(root).items():
+        try:
+            path.rename(target)
+        except OSError as error:
+            raise CheckpointError(
+                f"a checkpoint that a crash has set aside cannot get its name back: {error}",
+                place=str(path),
+                fix=f"rename it to {target.name}",
+            ) from error
 
 
 def check(folder: Path) -> RunState:
@@ -125,7 +157,12 @@ def check(folder: Path) -> RunState:
     """
     state = RunState.read(folder)
     for name, expected in state.files.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        try:
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {error}", place=str(folder), fix=_OLDER
+            ) from error
         if found != expected:
             what = "is missing" if found is None else f"has {found} bytes instead of {expected}"
             raise CheckpointError(
@@ -166,7 +203,8 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 def _clear(root: Path) -> None:
     """Remove what a crash left half-written, and what a checkpoint of the same episode has replaced."""
-    for leftover in (*root.glob(".partial-*"), *root.glob(".replaced-*")):
+    restore(root)
+    for leftover in (*root.glob(".partial-*"), *root.glob(f"{REPLACED}*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -335,7 +373,21 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _make_way(latest: Path) -> None:
+    """Have nothing stand where `latest` is written; a folder with files in it is somebody's, and stays."""
+    if latest.is_symlink() or not latest.is_dir():
+        return
+    try:
+        latest.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"no checkpoint can be written: {latest.name} is a folder, and names the newest checkpoint as a file",
+            place=str(latest),
+            fix="move that folder elsewhere, or choose another runtime.output_dir",
+        ) from error
+
+
 def _point_at(root: Path, name: str) -> None:
-    temporary = root / f".{_LATEST}-{os.getpid()}"
+    temporary = root / f".{LATEST}-{os.getpid()}"
     temporary.write_text(name + "\n", encoding="utf-8")
-    os.replace(temporary, root / _LATEST)
+    os.replace(temporary, root / LATEST)

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from chatlearn.errors import CheckpointError
 
@@ -42,6 +42,9 @@ class RunState:
     """Of each dataset as it was given: its `rows`, and the `sha256` of them ("" where it makes them when asked)."""
     replay: dict[str, int] = field(default_factory=dict[str, int])
     """Which episodes were kept for replay: `max_replay_episode`, `replay_episode_offset`; empty without replay."""
+    after_episode_due: list[str] = field(default_factory=list[str])
+    """Modules whose `after_episode` of the last episode is still to be called: all of them in a checkpoint between
+    episodes, none in one at the end of a run. Empty in checkpoints of versions that never called it on resume."""
     files: dict[str, int] = field(default_factory=dict[str, int])
     """The checkpoint's other files and their bytes, to notice that one is missing or cut off."""
 
@@ -63,7 +66,7 @@ class RunState:
         """
         path = folder / "checkpoint.json"
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: object = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
                 "no checkpoint here",
@@ -72,21 +75,28 @@ class RunState:
             ) from None
         except (OSError, ValueError) as error:
             raise _damaged(error, path) from error
+        if not isinstance(content, dict):
+            raise _damaged("it holds no JSON object", path)
+        values = cast("dict[str, Any]", content)
+        if values.pop("format", None) != FORMAT:
+            raise CheckpointError(
+                "the checkpoint has another format",
+                place=str(path),
+                fix="resume with the version that wrote it, or start anew with runtime.resume=never",
+            )
         try:
-            if values.pop("format", None) != FORMAT:
-                raise CheckpointError(
-                    "the checkpoint has another format",
-                    place=str(path),
-                    fix="resume with the version that wrote it, or start anew with runtime.resume=never",
-                )
-            return cls(**values)
-        except (TypeError, AttributeError) as error:
+            state = cls(**values)
+        except TypeError as error:
             raise _damaged(error, path) from error
+        for name, default in vars(cls()).items():
+            if not isinstance(getattr(state, name), type(default)):
+                raise _damaged(f"{name!r} is no {type(default).__name__}", path)
+        return state
 
 
-def _damaged(error: Exception, path: Path) -> CheckpointError:
+def _damaged(what: object, path: Path) -> CheckpointError:
     return CheckpointError(
-        f"the checkpoint is damaged: {error}",
+        f"the checkpoint is damaged: {what}",
         place=str(path),
         fix="resume from an older one beside it: runtime.resume=<folder>",
     )

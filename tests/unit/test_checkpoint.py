@@ -18,6 +18,7 @@ from torch import nn
 
 from chatlearn import BaseModule
 from chatlearn.checkpoint import folder as checkpoints
+from chatlearn.checkpoint.newest import newest
 from chatlearn.checkpoint.state import RunState
 from chatlearn.errors import CheckpointError
 
@@ -81,19 +82,19 @@ def test_random_generators_go_on(tmp_path: Path) -> None:
 
 
 def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
-    assert checkpoints.newest(tmp_path) is None
+    assert newest(tmp_path) == (None, [])
     first, second = save(tmp_path, episode=1), save(tmp_path, episode=2)
-    assert checkpoints.newest(tmp_path) == second
+    assert newest(tmp_path)[0] == second
     (second / "checkpoint.json").unlink()  # somebody removed it
-    assert checkpoints.newest(tmp_path) == first
+    assert newest(tmp_path)[0] == first
     (tmp_path / "latest").unlink()
-    assert checkpoints.newest(tmp_path) == first
+    assert newest(tmp_path)[0] == first
 
 
 def test_latest_decides_after_going_back(tmp_path: Path) -> None:
     save(tmp_path, episode=9)
     again = save(tmp_path, episode=4)
-    assert checkpoints.newest(tmp_path) == again
+    assert newest(tmp_path)[0] == again
 
 
 def test_saving_the_same_episode_anew_replaces_it(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_a_failed_save_leaves_the_last_one_whole(
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save(tmp_path, episode=2)
-    assert checkpoints.newest(tmp_path) == path
+    assert newest(tmp_path)[0] == path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["episode-000001", "latest"]
 
 
@@ -177,7 +178,7 @@ def test_state_that_could_not_be_loaded_again_is_refused_at_once(
 ) -> None:
     with pytest.raises(CheckpointError, match="module 'm' holds a"):
         save(tmp_path, Module(x=value))
-    assert checkpoints.newest(tmp_path) is None
+    assert newest(tmp_path) == (None, [])
 
 
 def test_what_is_not_refused_can_be_loaded(tmp_path: Path) -> None:
