@@ -8,6 +8,7 @@ import enum
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,149 @@ def test_latest_decides_after_going_back(tmp_path: Path) -> None:
     save(tmp_path, episode=9)
     again = save(tmp_path, episode=4)
     assert newest(tmp_path)[0] == again
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "weights cut": lambda p: (p / "modules/m/weights.safetensors").write_bytes(b"123"),
+    "weights gone": lambda p: (p / "modules/m/weights.safetensors").unlink(),
+    "rng gone": lambda p: (p / "rng.pt").unlink(),
+    "counters empty": lambda p: (p / "checkpoint.json").write_text(""),
+    "counters cut": lambda p: (p / "checkpoint.json").write_text('{"format": 1,'),
+    "counters of another kind": lambda p: (p / "checkpoint.json").write_text("[]"),
+    "counters binary": lambda p: (p / "checkpoint.json").write_bytes(b"\xff\x00"),
+    "counters gone": lambda p: (p / "checkpoint.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path, damage: str) -> None:
+    paths = [save(tmp_path, Module("m", nn.Linear(2, 2)), episode=n) for n in (1, 2, 3)]
+    before = sorted(tmp_path.rglob("*"))
+    DAMAGES[damage](paths[2])
+    found, notes = newest(tmp_path)
+    assert found == paths[1]
+    (note,) = notes
+    assert note.startswith("not resumed from episode-000003: ")
+    DAMAGES[damage](paths[1])
+    assert newest(tmp_path)[0] == paths[0]
+    assert len(newest(tmp_path)[1]) == 2
+    DAMAGES[damage](paths[0])
+    with pytest.raises(CheckpointError, match="no whole checkpoint") as raised:
+        newest(tmp_path)
+    assert all(f"episode-00000{n}: " in raised.value.cause for n in (1, 2, 3))
+    assert "runtime.resume=never" in raised.value.fix
+    assert set(tmp_path.rglob("*")) <= set(before)
+
+
+def test_episodes_are_ordered_by_number(tmp_path: Path) -> None:
+    save(tmp_path, episode=999_999)
+    last = save(tmp_path, episode=1_000_000)
+    (tmp_path / "latest").unlink()
+    assert newest(tmp_path) == (last, [])
+
+
+def folder(latest: Path) -> None:
+    latest.unlink()
+    latest.mkdir()
+
+
+def dangling(latest: Path) -> None:
+    latest.unlink()
+    latest.symlink_to("nowhere")
+
+
+LATEST: dict[str, Callable[[Path], object]] = {
+    "binary": lambda latest: latest.write_bytes(b"\xff\xfe\x00"),
+    "empty": lambda latest: latest.write_text(""),
+    "names nothing": lambda latest: latest.write_text("episode-000099\n"),
+    "leads elsewhere": lambda latest: latest.write_text("../../episode-000001"),
+    "gone": lambda latest: latest.unlink(),
+    "folder": folder,
+    "dangling": dangling,
+}
+
+
+@pytest.mark.parametrize("what", LATEST)
+def test_latest_only_helps(tmp_path: Path, what: str) -> None:
+    save(tmp_path, episode=1)
+    last = save(tmp_path, episode=2)
+    LATEST[what](tmp_path / "latest")
+    assert newest(tmp_path) == (last, [])
+    save(tmp_path, episode=1)
+    assert (tmp_path / "latest").read_text() == "episode-000001\n"
+
+
+def test_a_folder_with_files_where_latest_belongs_is_named_before_writing(tmp_path: Path) -> None:
+    save(tmp_path, episode=1)
+    folder(tmp_path / "latest")
+    (tmp_path / "latest/mine").write_text("")
+    with pytest.raises(CheckpointError, match="latest is a folder") as raised:
+        save(tmp_path, episode=2)
+    assert raised.value.place == str(tmp_path / "latest")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["episode-000001", "latest"]
+    assert (tmp_path / "latest/mine").exists()
+
+
+class Crash(BaseException):
+    """As if the process had died."""
+
+
+def replace_and(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Save episode 2 anew and fail after the old one was set aside, before the new one has its name."""
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.startswith(".partial"):
+            raise error
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises((Crash, CheckpointError)):
+            save(tmp_path, Module(step="new"), episode=2)
+
+
+def step_of(path: Path) -> Any:
+    loaded = Module()
+    checkpoints.load(path, [loaded])
+    return loaded.state["step"]
+
+
+def test_a_crash_while_replacing_loses_no_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, Module(step=1), episode=1)
+    path = save(tmp_path, Module(step=2), episode=2)
+    replace_and(tmp_path, monkeypatch, Crash())
+    assert not path.exists()
+    found, notes = newest(tmp_path)
+    assert found is not None
+    assert (step_of(found), notes) == (2, [])
+    checkpoints.restore(tmp_path)
+    assert newest(tmp_path) == (path, [])
+    replace_and(tmp_path, monkeypatch, Crash())
+    save(tmp_path, Module(step=3), episode=3)  # which clears what crashes left
+    assert step_of(path) == 2
+    names = [f"episode-00000{n}" for n in (1, 2, 3)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "latest"]
+
+
+def test_a_failure_while_replacing_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, Module(step=2), episode=2)
+    replace_and(tmp_path, monkeypatch, OSError(5, "Input/output error"))
+    assert newest(tmp_path) == (path, [])
+    assert step_of(path) == 2
+
+
+def test_what_was_set_aside_never_hides_the_newer_one(tmp_path: Path) -> None:
+    path = save(tmp_path, Module(step="old"), episode=2)
+    path.rename(tmp_path / ".replaced-1")
+    save(tmp_path / "elsewhere", Module(step="new"), episode=2).rename(path)
+    checkpoints.restore(tmp_path)
+    assert newest(tmp_path) == (path, [])
+    assert step_of(path) == "new"
 
 
 def test_saving_the_same_episode_anew_replaces_it(tmp_path: Path) -> None:
@@ -218,7 +362,13 @@ def test_checking_reads_no_large_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [({"format": 99}, "another format"), ({"format": 1, "unknown": 1}, "damaged")],
+    [
+        ({"format": 99}, "another format"),
+        ({"format": 1, "unknown": 1}, "damaged"),
+        ([], "damaged: it holds no JSON object"),
+        ({"format": 1, "files": []}, "damaged: 'files' is no dict"),
+        ({"format": 1, "episode": "3"}, "damaged: 'episode' is no int"),
+    ],
 )
 def test_other_formats_are_refused(tmp_path: Path, content: Any, what: str) -> None:
     (tmp_path / "checkpoint.json").write_text(json.dumps(content))
@@ -227,7 +377,7 @@ def test_other_formats_are_refused(tmp_path: Path, content: Any, what: str) -> N
 
 
 def test_counters_survive(tmp_path: Path) -> None:
-    state = RunState(3, 12, 24, [8], {"a.b.forward_step": 5}, {"a": 2}, "digest")
+    state = RunState(3, 12, 24, [8], {"a.b.forward_step": 5}, {"a": 2}, config_digest="digest")
     path = checkpoints.save(tmp_path, state, [], with_weights=[])
     assert RunState.read(path) == state
     assert state.counts() == Counter({("a.b", "forward_step"): 5})
