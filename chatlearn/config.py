@@ -121,7 +121,7 @@ class RuntimeConfig(BaseModel):
     save_episode_interval: int | None = Field(default=None, ge=1)
     """Episodes between two checkpoints; None saves only when the run ends or is interrupted."""
     eval_episode_interval: int = Field(default=1, ge=1)
-    """Episodes between two evaluations, if there is an evaluator."""
+    """Episodes between two evaluations, if there is an evaluator; to have none, set no evaluator."""
     enable_eval_before_training: bool = False
     """Whether to evaluate once before the first episode."""
     eval_num_inference_per_prompt: int = Field(default=1, ge=1)

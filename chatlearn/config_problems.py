@@ -169,7 +169,14 @@ def _hint(detail: ErrorDetails, name: str, field: FieldInfo | None) -> str:
     kind, _, what = detail["type"].rpartition("_")
     if field is None or what not in ("type", "parsing") or kind not in _KINDS:
         text = _message(detail).replace(" after validation", "")
-        return re.sub(r"^(Input|List)\b", "the value", text)
+        hint = re.sub(r"^(Input|List)\b", "the value", text)
+        if (
+            field is not None
+            and field.description
+            and detail["type"].startswith(("greater", "less"))
+        ):
+            hint += f"; {name} is: {' '.join(field.description.split())}"
+        return hint
     return f"write {_KINDS[kind]}, for example {name}: {_example_of(field)}"
 
 
