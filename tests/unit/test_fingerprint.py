@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +150,3 @@ def test_names(tmp_path: Path) -> None:
     assert name_of("owner/name", 1) == "the dataset owner/name"
     assert name_of(["p"], 0) == "the dataset"
     assert name_of(["p"], 2) == "dataset 3"
-
-
-def test_it_is_cheap() -> None:
-    rows = [{"prompt": f"What is {i}? " + "x" * 100, "answer": str(i)} for i in range(20_000)]
-    start = time.perf_counter()
-    fingerprint(rows)
-    assert time.perf_counter() - start < 1.0  # 0.06 s on an idle core

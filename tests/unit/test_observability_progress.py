@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,19 +157,30 @@ def test_a_closed_stream_and_a_narrow_encoding():
     assert not progress.is_off
 
 
-def test_calls_are_cheap():
-    for live in (False, True):
-        with Progress(10**6, stream=io.StringIO(), live=live) as progress:
-            progress.begin()
-            call, n = Call(), 2000
-            progress.episode_done(METRICS)
-            start = time.perf_counter()
+@pytest.mark.parametrize("live", [False, True])
+def test_calls_are_cheap(live: bool):
+    """Counted in lines of Python, which no other process disturbs, at about 0.1 us each."""
+    lines = 0
+
+    def count(frame, event, argument):
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    with Progress(10**6, stream=io.StringIO(), live=live) as progress:
+        progress.begin()
+        call, n = Call(), 200
+        progress.episode_done(METRICS)
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
             for _ in range(n):
                 progress.phase("generating")
                 progress.advance(call)
                 progress.episode_done(METRICS)
-            each = (time.perf_counter() - start) / (3 * n)
-        assert each < 100e-6  # 50 us wanted; the bound leaves room for a busy machine
+        finally:
+            sys.settrace(before)
+    assert 0 < lines / (3 * n) < 260, lines / (3 * n)
 
 
 def test_without_a_terminal_rich_is_not_imported():
@@ -412,9 +424,9 @@ def test_on_a_terminal_a_bar_appears_after_a_second_and_goes_away():
     shown, status = on_terminal(EVALUATION.replace("SECONDS", "0.2"))
     assert status == 0, shown
     assert "policy.eval_step" in shown
-    assert "evaluation  10 samples in 0:02  pass@1 0.25" in shown
+    assert re.search(r"evaluation  10 samples in 0:0[2-9]  pass@1 0.25", shown)
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
-    quick, _ = on_terminal(EVALUATION.replace("SECONDS", "0.01"))
+    quick, _ = on_terminal(EVALUATION.replace("SECONDS", "0"))
     assert quick == ""
 
 
