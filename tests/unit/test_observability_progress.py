@@ -219,7 +219,13 @@ def on_terminal(script: str, interrupt_at: str | None = None) -> tuple[str, int]
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "90", "LINES": "30"}
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=child, stderr=child, stdin=child, env=environment
+        [sys.executable, "-c", script],
+        stdout=child,
+        stderr=child,
+        stdin=child,
+        env=environment,
+        # A shell that started the tests in the background has them, and whom they start, ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         os.close(child)
         shown = b""
