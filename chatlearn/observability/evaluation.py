@@ -11,17 +11,12 @@ from chatlearn.flow.batching import Batch, is_number
 from chatlearn.flow.graph import FlowGraph, Node
 from chatlearn.observability.metrics import EpisodeMetrics
 from chatlearn.observability.pass_at_k import Tally, measured_ks
+from chatlearn.observability.progress import Call as ShownCall
 
 
-class Call(Protocol):
-    """What is known of a finished call of a module."""
+class Call(ShownCall, Protocol):
+    """What is known of a finished call of a module, beyond what the display shows of it."""
 
-    @property
-    def module(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def samples(self) -> int: ...
     @property
     def metrics(self) -> Mapping[str, float]: ...
 
@@ -33,7 +28,7 @@ class EvaluationMetrics:
         graph: the evaluation flow.
         datasets: their names, in order; with several, every metric stands under `<dataset>/` too.
         samples_per_prompt: above 1, `avg@n` and `pass@k` of the rewards are measured.
-        ks: the k of `pass@k`; None takes `default_ks`, if there are several samples per prompt.
+        ks: the k of `pass@k`; None takes those of `measured_ks`, if there are several samples per prompt.
         threshold: reward from which on a sample has passed.
 
     Example:
