@@ -38,6 +38,7 @@ COMPLETION: Final = "completion"
 FINISH_REASON: Final = "finish_reason"
 TEMPERATURE: Final = "temperature"
 POLICY_VERSION: Final = "policy_version"
+OUTCOME: Final = "outcome"
 LOSS_MASK: Final = "loss_mask"
 ROLLOUT_LOGPROBS: Final = "rollout_logprobs"
 OLD_LOGPROBS: Final = "old_logprobs"
@@ -46,6 +47,13 @@ REWARDS: Final = "rewards"
 ADVANTAGES: Final = "advantages"
 RETURNS: Final = "returns"
 VALUES: Final = "values"
+
+OK: Final = "ok"
+CUT: Final = "cut"
+FAILED: Final = "failed"
+TIMED_OUT: Final = "timed_out"
+OUTCOMES: Final = (OK, CUT, FAILED, TIMED_OUT)
+"""Whole; response cut off at its limit; a step raised or gave no usable value; a step gave no answer in time."""
 
 COLUMNS: Final[dict[str, Column]] = {
     column.name: column
@@ -61,6 +69,7 @@ COLUMNS: Final[dict[str, Column]] = {
         Column(FINISH_REASON, "str", "[B]", "'stop' (EOS or stop string) or 'length'"),
         Column(TEMPERATURE, "float32", "[B]", "temperature that the response was sampled with"),
         Column(POLICY_VERSION, "int64", "[B]", "parameter syncs the sampler had received"),
+        Column(OUTCOME, "str", "[B]", "how the sample fared: one of `OUTCOMES`"),
         Column(LOSS_MASK, "bool", "ragged [T_i]", "which response tokens are trained on"),
         Column(ROLLOUT_LOGPROBS, "float32", "ragged [T_i]", "the sampler's log-probs, nats"),
         Column(OLD_LOGPROBS, "float32", "ragged [T_i]", "the trainer's log-probs at step start"),

@@ -15,18 +15,11 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ValidationError
 
+from chatlearn.config_fields import ModuleConfig, RuntimeConfig
 from chatlearn.config_problems import (
     Problem,
     closest,
@@ -62,129 +55,7 @@ __all__ = [
 ]
 
 
-class ModuleConfig(BaseModel):
-    """Fields of `models.<name>` that every module has; a module class derives from this."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    trainable: bool = False
-    """Whether the module's weights are trained; trainers of ours set it themselves."""
-    generation_batch_size: int | None = Field(default=None, ge=1)
-    """Samples per call at most; None takes `runtime.generation_batch_size`."""
-    sync_frequency: int = Field(default=1, ge=1)
-    """Episodes between two parameter syncs into this module."""
-    namespace: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.\-]+$")
-    """Name put before the columns that this module makes (`<namespace>/rewards`); it reads columns of that name before
-    plain ones. For several policies in one flow; needs a class that says what it `writes`."""
-    num_replica: int = Field(default=1, ge=1)
-    """Independent copies of the module that share its work by load."""
-    num_gpu: float = Field(default=0, ge=0)
-    """GPUs of one replica."""
-    num_cpu: float = Field(default=1, ge=0)
-    """CPU cores of one replica."""
-    num_process: int = Field(default=1, ge=1)
-    """Processes (ranks) of one replica."""
-
-
 AnyModuleConfig = TypeVar("AnyModuleConfig", bound=ModuleConfig)
-
-
-class RuntimeConfig(BaseModel):
-    """Fields of `runtime`: the arithmetic of episodes and where the run keeps its things.
-
-    Example:
-        >>> RuntimeConfig(num_episode=3, sample_per_episode=512, num_inference_per_prompt=8)
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    num_episode: int = Field(default=1, ge=0)
-    """Rounds of env flow and trainer flow."""
-    sample_per_episode: int | None = Field(default=None, ge=1)
-    """Samples of one episode after repetition; None takes every prompt once, as a group."""
-    num_inference_per_prompt: int = Field(default=1, ge=1)
-    """Samples of one prompt: the group size."""
-    train_global_batch_size: int | None = Field(default=None, ge=1)
-    """Samples of one update; None takes all samples of the episode."""
-    train_micro_batch_size: int | None = Field(default=None, ge=1)
-    """Samples per micro-batch of an update; None takes the whole global batch."""
-    generation_batch_size: int | None = Field(default=None, ge=1)
-    """Samples per call of a module at most; None takes everything that is ready."""
-    output_dir: Path | None = None
-    """Folder of the run (metrics, report, checkpoints, model); None writes to `runs/<script>`."""
-    seed: int = 0
-    """Seed of sampling, shuffles and initial weights."""
-    resume: Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)] = (
-        "never"
-    )
-    """`never`, `auto` (the newest whole checkpoint of `output_dir`) or the path of one."""
-    save_episode_interval: int | None = Field(default=None, ge=1)
-    """Episodes between two checkpoints; None saves only when the run ends or is interrupted."""
-    eval_episode_interval: int = Field(default=1, ge=1)
-    """Episodes between two evaluations, if there is an evaluator; to have none, set no evaluator."""
-    enable_eval_before_training: bool = False
-    """Whether to evaluate once before the first episode."""
-    eval_num_inference_per_prompt: int = Field(default=1, ge=1)
-    """Samples of one prompt in evaluation; above 1, `avg@k` and `pass@k` of the rewards are measured."""
-    eval_pass_at_k: list[PositiveInt] | None = None
-    """The k of `pass@k`; None takes the powers of two up to the samples of a prompt, and that number itself."""
-    eval_pass_threshold: float = Field(default=1.0, allow_inf_nan=False)
-    """Reward from which on a sample counts as passed in `pass@k`."""
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=["tensorboard"])
-    """Where metrics go besides the run folder's `metrics.jsonl`; `wandb` needs the extra `wandb`."""
-    num_training_epoch: int = Field(default=1, ge=1)
-    """Passes of the trainer flow over the samples of an episode."""
-    incomplete_step: Literal["fill", "drop_last", "keep"] = "fill"
-    """Whether a rest smaller than a global batch is filled with first samples, dropped or kept."""
-    data_shuffle: bool = False
-    """Whether to reshuffle the dataset on every pass."""
-    data_ratio: list[PositiveInt] | None = Field(default=None, min_length=1)
-    """Prompts taken per turn from each of several datasets; None takes one of each."""
-    stream_data_loader_type: Literal["fixed", "dynamic"] = "fixed"
-    """Whether training starts when the episode is complete, or as soon as a global batch is."""
-    max_staleness: int = Field(default=0, ge=0)
-    """Versions by which the weights that sampled may be older than those that train."""
-    max_replay_episode: int = Field(default=0, ge=-1)
-    """Episodes kept for replay; -1 keeps all."""
-    replay_episode_offset: int = Field(default=0, ge=0)
-    """Episodes that train as they come before replay starts to keep any."""
-    backend: Literal["local", "ray"] = "local"
-    """Whether modules run in this process or on a Ray cluster."""
-    colocation: list[list[str]] = Field(default_factory=list[list[str]])
-    """Groups of module names that share their devices."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> RuntimeConfig:
-        samples, group = self.sample_per_episode, self.num_inference_per_prompt
-        if samples is not None and samples % group:
-            below, above = samples // group * group, (samples // group + 1) * group
-            raise contradiction(
-                "sample_per_episode",
-                f"sample_per_episode={samples} is no multiple of num_inference_per_prompt={group}",
-                f"use {below} or {above}" if below else f"use {above}",
-            )
-        micro, step = self.train_micro_batch_size, self.train_global_batch_size
-        if micro is not None and step is not None and micro > step:
-            raise contradiction(
-                "train_micro_batch_size",
-                f"train_micro_batch_size={micro} is larger than train_global_batch_size={step}",
-                f"use {step} or less",
-            )
-        most = self.eval_num_inference_per_prompt
-        if (largest := max(self.eval_pass_at_k or (), default=0)) > most:
-            raise contradiction(
-                "eval_pass_at_k",
-                f"eval_pass_at_k has {largest}, more than eval_num_inference_per_prompt={most}",
-                f"use {most} or less, or set eval_num_inference_per_prompt to {largest} or more",
-            )
-        meant = closest(self.resume.lower(), ("auto", "never"))
-        if self.resume not in ("auto", "never") and (meant or not self.resume):
-            raise contradiction(
-                "resume",
-                f"resume={self.resume!r} is neither 'auto', 'never' nor the path of a checkpoint",
-                f"did you mean {meant or 'never'!r}?",
-            )
-        return self
 
 
 class Config:

@@ -14,7 +14,7 @@ from chatlearn.errors import BatchError, describe_function
 from chatlearn.flow.batching import Batch, size
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
-from chatlearn.runtime.local import FlowWork, Outcome, TrainWork
+from chatlearn.runtime.work import FlowWork, Outcome, Tap, TrainWork
 from chatlearn.stage import Stage
 
 
@@ -32,6 +32,7 @@ class EpisodeFlows:
         recorder: Recorder,
         replay: Replay | None,
         interrupted: Callable[[], bool],
+        tap: Tap | None = None,
     ) -> None:
         self._config = program.config.runtime
         self._graphs = program.graphs
@@ -40,6 +41,7 @@ class EpisodeFlows:
         self._recorder = recorder
         self._replay = replay
         self._interrupted = interrupted
+        self._tap = tap
 
     def run(self, episode: int, feed: Feed) -> Outcome:
         """Run episode `episode` (from 0) on the samples of `feed`."""
@@ -82,6 +84,7 @@ class EpisodeFlows:
             starting=self._recorder.starting,
             observer=self._recorder.call,
             interrupted=self._interrupted,
+            tap=self._tap,
         )
 
     def _training(self, episode: int, samples: Batch | None = None) -> TrainWork:

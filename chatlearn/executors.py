@@ -27,7 +27,7 @@ from chatlearn.module import state_of
 from chatlearn.observability.evaluation import EvaluationMetrics
 from chatlearn.observability.evaluation_progress import EvaluationProgress
 from chatlearn.program import Program, raise_problems
-from chatlearn.runtime.local import CallReport, Observer, Starting
+from chatlearn.runtime.work import CallReport, Observer, Starting
 from chatlearn.stage import Results, Stage, numbers_of_its_own
 
 Datasets = Sequence[Source] | Mapping[str, Source]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -19,25 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard, c
 from chatlearn.config import Config as RunConfig
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import ChatLearnError, ConfigError, EngineError, ModuleError
+from chatlearn.tracing import ACTIVE_TRACER, traceable, traceable_static
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 BatchBy = Literal["sample", "group", "episode"]
-
-
-class Tracer(Protocol):
-    """Records calls of modules while a flow function runs on symbolic values."""
-
-    def is_symbolic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether any argument is, or holds, a symbolic value."""
-        ...
-
-    def record(
-        self, module: BaseModule, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Record the call as a node and return its symbolic output."""
-        ...
 
 
 @dataclass
@@ -73,9 +59,6 @@ def state_of(module: BaseModule) -> ModuleState:
     return state
 
 
-ACTIVE_TRACER: ContextVar[Tracer | None] = ContextVar("chatlearn_active_tracer", default=None)
-
-
 class BaseModule:
     """One participant of a flow: a policy, a reference, a reward, a trainer, or anything with step methods.
 
@@ -100,6 +83,8 @@ class BaseModule:
     writes: ClassVar[Collection[str] | None] = None
     """The columns that steps add or replace; a name stands for its parts, too (`rewards` for `rewards/<function>`).
     Needed by modules with a `namespace`: these columns leave as `<namespace>/<column>`."""
+    reads: ClassVar[Collection[str] | None] = None
+    """The columns that steps cannot do without, for the flow checker; None says nothing. A mapping gives kinds."""
     shares_weights: ClassVar[bool] = False
     """Whether a sync within one process may let this class share storage instead of copying: as a source it changes
     its weights in train steps only, as a destination never. Subclasses do not inherit it; they declare it anew."""
@@ -130,9 +115,9 @@ class BaseModule:
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         if type(value) is MethodType and value.__self__ is self and not name.startswith("__"):
-            return MethodType(_traceable(value.__func__, name), self)
+            return MethodType(traceable(value.__func__, name), self)
         if type(value) is FunctionType and ACTIVE_TRACER.get() is not None:  # a static method
-            return functools.partial(_traceable_static(value, name), self)
+            return functools.partial(traceable_static(value, name), self)
         return value
 
     # ---- configuration -------------------------------------------------------------------------------------------
@@ -204,6 +189,26 @@ class BaseModule:
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Take over what `training_state()` returned."""
+
+    def describe_parameters(self) -> Mapping[str, Tensor] | None:
+        """Return what `state_dict()` will hold, as tensors without data (device `meta`), before `setup()` has run.
+
+        None says that it is not known; it must load no weights. `chatlearn check` compares both ends of a sync.
+        """
+        return None
+
+    def probe_logprobs(self, token_ids: Tensor) -> Tensor | None:
+        """Return the log-probs of `token_ids[1:]` given what stands before each, with the weights as they are now.
+
+        The engine asks both ends of a parameter sync and compares them. None says that the module cannot tell.
+
+        Args:
+            token_ids: int64 `[T]`, T of 2 or more.
+
+        Returns:
+            float32 `[T - 1]`, nats, at temperature 1, made by the computation that the module's steps use.
+        """
+        return None
 
     def export_model(self, folder: Path) -> bool:
         """Write the model to `folder` in a format others can load; tell whether there was anything to write."""
@@ -344,38 +349,3 @@ def may_be_node(module: BaseModule, method: str) -> bool:
     if method in _SERVICES:
         return getattr(type(module), method) is not getattr(BaseModule, method)
     return method not in _HOOKS
-
-
-@functools.lru_cache(maxsize=4096)
-def _traceable(function: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """Wrap a method so that a call with symbolic values is recorded, under its name in the class, while tracing."""
-
-    @functools.wraps(function)
-    def call(self: BaseModule, *args: Any, **kwargs: Any) -> Any:
-        tracer = ACTIVE_TRACER.get()
-        if tracer is None:
-            _refuse_leaked(method, args, kwargs)
-        elif tracer.is_symbolic(args, kwargs):
-            return tracer.record(self, method, args, kwargs)
-        return function(self, *args, **kwargs)
-
-    return call
-
-
-def _refuse_leaked(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Outside a trace a symbolic value means nothing: it was kept from a flow that was traced before."""
-    for value in (*args, *kwargs.values()):
-        if (refuse := getattr(cast("object", type(value)), "refuse_outside", None)) is not None:
-            refuse(value, method)
-
-
-def _traceable_static(function: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """Do for a static method what `_traceable` does for a bound one."""
-
-    def call(module: BaseModule, *args: Any, **kwargs: Any) -> Any:
-        tracer = ACTIVE_TRACER.get()
-        if tracer is not None and tracer.is_symbolic(args, kwargs):
-            return tracer.record(module, method, args, kwargs)
-        return function(*args, **kwargs)
-
-    return call

@@ -24,7 +24,7 @@ from chatlearn.interruption import Interruption
 from chatlearn.module import BaseModule, call_hook, mark_running
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
-from chatlearn.runtime.local import Outcome
+from chatlearn.runtime.work import Outcome
 from chatlearn.runtime.worker import Where
 from chatlearn.stage import Results, Stage
 from chatlearn.syncs import Syncs

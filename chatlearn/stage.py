@@ -19,8 +19,9 @@ from chatlearn.errors import DataError
 from chatlearn.flow.batching import Batch
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.module import BaseModule, refuse_running
-from chatlearn.runtime.local import FlowWork, LocalRuntime, Observer, Starting
+from chatlearn.runtime.local import LocalRuntime
 from chatlearn.runtime.scheduler import Iterations
+from chatlearn.runtime.work import FlowWork, Observer, Starting
 
 Results = dict[str, list[Batch]]
 

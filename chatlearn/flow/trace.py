@@ -18,7 +18,8 @@ from typing import Any, cast
 from chatlearn.errors import FlowError
 from chatlearn.flow.graph import FEED, FlowGraph, Node
 from chatlearn.flow.symbol import Symbol, raising_place, user_place
-from chatlearn.module import ACTIVE_TRACER, BaseModule, may_be_node
+from chatlearn.module import BaseModule, may_be_node
+from chatlearn.tracing import ACTIVE_TRACER
 
 Flow = Callable[..., Any]
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a runtime is asked to run, what it tells while it does, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from chatlearn.flow.batching import Batch
+from chatlearn.flow.graph import FlowGraph, Node
+from chatlearn.flow.steps import StepSource
+from chatlearn.runtime.protocol import Call
+from chatlearn.runtime.store import SampleStore
+
+
+class Feed(Protocol):
+    """The samples that enter a flow."""
+
+    @property
+    def uids(self) -> Sequence[int]: ...
+    @property
+    def groups(self) -> Sequence[int]: ...
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Return samples `start` to `stop`, for the taker to change as it likes."""
+        ...
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """What an observer learns of a finished call."""
+
+    module: str
+    method: str
+    samples: int
+    seconds: float
+    metrics: Mapping[str, float]
+    is_training: bool
+
+
+Observer = Callable[[CallReport], None]
+Starting = Callable[[str, str, bool], None]
+
+
+@dataclass
+class FlowWork:
+    """An environment or evaluation flow to run over a feed."""
+
+    graph: FlowGraph
+    feed: Feed
+    needs_output: bool = True
+    """Whether somebody reads what the flow returns."""
+    keeps_batches: bool = False
+    """Whether to hand the returned nodes' batches out as they are (`Outcome.results`) instead of merged samples."""
+
+
+@dataclass
+class TrainWork:
+    """A trainer flow to run over global batches; `samples` are given when no flow delivers them."""
+
+    graph: FlowGraph
+    source: StepSource
+    samples: Batch | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run of flows gave."""
+
+    samples: SampleStore = field(default_factory=SampleStore)
+    """Merged columns of the environment flow's returned nodes, in order."""
+    results: dict[int, list[Batch]] = field(default_factory=dict[int, list[Batch]])
+    """Per returned node, its batches in order, if the flow keeps them."""
+    uids: list[int] = field(default_factory=list[int])
+    """Uids of the delivered samples, in order."""
+    steps: int = 0
+    """Train steps finished."""
+    module_seconds: float = 0.0
+    """Time spent inside modules."""
+
+
+class Tap(Protocol):
+    """Sees what goes into and comes out of every call, for recording; it must change nothing and keep no reference."""
+
+    def entering(self, flow: str, node: Node, call: Call, data: Batch | list[Batch]) -> None:
+        """Look at a call's inputs before the module gets them: columns as they are outside any namespace.
+
+        `call` has the replica, the iteration, the uids and, in a trainer flow, the step; `data` is one batch, or of a
+        train step the list of micro-batches.
+        """
+        ...
+
+    def returned(self, flow: str, node: Node, call: Call, output: Batch | list[Batch]) -> None:
+        """Look at what a call returned, checked and with its columns' outside names; `{}` if nothing."""
+        ...
