@@ -11,7 +11,12 @@ from chatlearn.errors import BatchError, EngineError
 from chatlearn.flow.batching import Batch, isolate, join, merge, size, take
 from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.runtime.protocol import Call, Command, Finished, Piece, node_specs
-from chatlearn.runtime.returned import returned_numbers, sample_output, step_output
+from chatlearn.runtime.returned import (
+    returned_numbers,
+    sample_output,
+    step_output,
+    untaken_step_output,
+)
 from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
 from chatlearn.runtime.store import OutputStore
 from chatlearn.runtime.work import CallReport, FlowWork, Observer, Outcome, Starting, Tap, TrainWork
@@ -50,6 +55,8 @@ class Pass:
 
     def run(self, iterations: Iterations, batch_size: int | None) -> Outcome:
         flow, trainer, runtime = self._flow, self._trainer, self._runtime
+        if self._tap is not None:
+            self._tap.beginning(flow, trainer)
         scheduler = Scheduler(
             {name: range(len(workers)) for name, workers in runtime.workers.items()},
             iterations,
@@ -93,6 +100,8 @@ class Pass:
             elif self._flow is not None and not self._flow.keeps_batches:
                 outputs = self._flow.graph.outputs
                 joined = self._join(command.inputs, outputs, "what the flow returns")
+                if self._tap is not None:
+                    self._tap.delivered(self._flow.graph.name, command.uids, joined)
                 self._outcome.samples.append(joined)
                 self._outcome.uids += command.uids
         return call
@@ -119,12 +128,13 @@ class Pass:
         output, kept = sample_output(call, result.value, place)
         if not output and not (spec.filters and result.value is not None):
             self._refuse_missing(graph, spec.index, place)
-        if self._tap is not None:
-            self._tap.returned(graph.name, node, call, output)
         samples = len(call.uids) if kept is None else len(kept)
-        self._outputs.put(call.id, output, samples * self._takers[spec.index])
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
-        self._report(call, result, len(call.uids), more)
+        metrics = {**result.metrics, **more}
+        if self._tap is not None:
+            self._tap.returned(graph.name, node, call, output, metrics)
+        self._outputs.put(call.id, output, samples * self._takers[spec.index])
+        self._report(call, result.seconds, len(call.uids), metrics)
         return Finished(call.id, kept, result.seconds)
 
     def _train(self, call: Call) -> Finished:
@@ -144,13 +154,15 @@ class Pass:
         samples = sum(map(len, call.step.micro_batches))
         takers = sum(other.inputs.count(node.index) for other in self._trainer.graph.nodes)
         parts: list[Batch] = []
+        sizes = [len(part) for part in call.step.micro_batches]
         if takers:
-            sizes = [len(part) for part in call.step.micro_batches]
             parts = step_output(result.value, sizes, f"{node.name}, {node.place}")
             self._step_outputs.put(call.id, parts, len(parts) * takers)
+        metrics = {**result.metrics, **returned_numbers(result.value)}
         if self._tap is not None:
-            self._tap.returned(self._trainer.graph.name, node, call, parts)
-        self._report(call, result, samples, returned_numbers(result.value))
+            parts = parts or untaken_step_output(result.value, sizes)
+            self._tap.returned(self._trainer.graph.name, node, call, parts, metrics)
+        self._report(call, result.seconds, samples, metrics)
         return Finished(call.id, seconds=result.seconds)
 
     def _step_input(self, piece: Piece, call: Call) -> list[Batch]:
@@ -178,11 +190,12 @@ class Pass:
             uids = [self._outcome.uids[i] for part in call.step.micro_batches for i in part]
         return Where(self._episode, uids, turn)
 
-    def _report(self, call: Call, result: Result, samples: int, more: Mapping[str, float]) -> None:
+    def _report(
+        self, call: Call, seconds: float, samples: int, metrics: Mapping[str, float]
+    ) -> None:
         if self._observer is not None:
             module, method, trains = call.node.module, call.node.method, call.step is not None
-            metrics = {**result.metrics, **more}
-            self._observer(CallReport(module, method, samples, result.seconds, metrics, trains))
+            self._observer(CallReport(module, method, samples, seconds, metrics, trains))
 
     def _join(
         self, inputs: tuple[tuple[Piece, ...], ...], sources: Sequence[int], place: str

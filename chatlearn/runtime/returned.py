@@ -41,6 +41,14 @@ def step_output(value: Any, sizes: Sequence[int], place: str) -> list[Batch]:
     return batches
 
 
+def untaken_step_output(value: Any, sizes: Sequence[int]) -> list[Batch]:
+    """A trainer node's output that no other node takes: batches of samples if that is what it is, else nothing."""
+    try:
+        return step_output(value, sizes, "")
+    except BatchError:  # where nobody takes it, a step may return what it likes
+        return []
+
+
 def sample_output(call: Call, value: object, place: str) -> tuple[Batch, tuple[int, ...] | None]:
     """An environment or evaluation node's output, and of a filter which of the call's samples are in it.
 

@@ -81,7 +81,11 @@ class Outcome:
 
 
 class Tap(Protocol):
-    """Sees what goes into and comes out of every call, for recording; it must change nothing and keep no reference."""
+    """Sees what goes into and comes out of every call, for recording; it changes no batch and keeps no reference."""
+
+    def beginning(self, flow: FlowWork | None, trainer: TrainWork | None) -> None:
+        """Take note of what is about to run; `trainer.samples` are seen here if no flow delivers them."""
+        ...
 
     def entering(self, flow: str, node: Node, call: Call, data: Batch | list[Batch]) -> None:
         """Look at a call's inputs before the module gets them: columns as they are outside any namespace.
@@ -91,6 +95,20 @@ class Tap(Protocol):
         """
         ...
 
-    def returned(self, flow: str, node: Node, call: Call, output: Batch | list[Batch]) -> None:
-        """Look at what a call returned, checked and with its columns' outside names; `{}` if nothing."""
+    def returned(
+        self,
+        flow: str,
+        node: Node,
+        call: Call,
+        output: Batch | list[Batch],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Look at what a call returned, checked and with its columns' outside names, and the numbers that it logged.
+
+        `output` is `{}` where a step returned nothing, and of a train step a batch per micro-batch, or nothing.
+        """
+        ...
+
+    def delivered(self, flow: str, uids: Sequence[int], samples: Batch) -> None:
+        """Look at samples that leave a flow for the trainer, in order, as the trainer's positions count them."""
         ...
