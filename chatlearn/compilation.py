@@ -14,10 +14,11 @@ from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowE
 from chatlearn.flow.trace import check_names
 from chatlearn.module import call_hook, resolve_config, resolved_config
 from chatlearn.program import Executor, Program, SyncPair
-from chatlearn.program_checks import check_data, check_placement, check_replay, check_syncs
+from chatlearn.program_checks import check_data, check_placement, check_replay
 from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
 from chatlearn.runtime.flow_run import FlowRun
 from chatlearn.runtime.protocol import node_specs
+from chatlearn.sync_checks import check_syncs
 
 
 def compile_program(

@@ -12,6 +12,7 @@ from chatlearn.data.prompts import Source
 from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import EngineError
 from chatlearn.executors import Datasets, Environment, Evaluator, Trainer
+from chatlearn.flow.symbol import user_place
 from chatlearn.inspection import intercept
 from chatlearn.module import BaseModule, refuse_running
 from chatlearn.program import Program, SyncPair, raise_problems
@@ -115,7 +116,7 @@ class Engine:
                     f"set_parameter_sync takes two modules, not {module!r}",
                     fix="write engine.set_parameter_sync(trainer, policy), the one that learns first",
                 )
-        self._sync_pairs.append((source, destination))
+        self._sync_pairs.append(SyncPair(source, destination, user_place()))
         return self
 
     def set_replay_sampler(self, sampler: ReplaySampler) -> Self:

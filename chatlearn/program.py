@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -33,7 +33,21 @@ class Executor(Protocol):
         ...
 
 
-SyncPair = tuple[BaseModule, BaseModule]
+@dataclass(frozen=True)
+class SyncPair:
+    """Who teaches whom, and the user's line that says so; unpacks into source and destination."""
+
+    source: BaseModule
+    destination: BaseModule
+    place: str = ""
+
+    def __iter__(self) -> Iterator[BaseModule]:
+        yield from (self.source, self.destination)
+
+    @property
+    def arrow(self) -> str:
+        """The pair for people: `learner -> policy`."""
+        return f"{self.source.name} -> {self.destination.name}"
 
 
 @dataclass

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from graphlib import TopologicalSorter
 from typing import Any, cast
 
 from chatlearn.columns import PROMPT
@@ -18,82 +17,7 @@ from chatlearn.errors import (
     describe_function,
 )
 from chatlearn.module import BaseModule, resolved_config
-from chatlearn.program import Executor, Program, SyncPair, name_of
-
-
-def check_syncs(program: Program) -> None:
-    """Refuse pairs of strangers, and pairs that undo each other; carry a pair that is given twice once."""
-    for source, destination in program.sync_pairs:
-        for module in (source, destination):
-            if program.graphs and module not in program.modules:
-                raise FlowError(
-                    f"set_parameter_sync names {module!r}, which stands in no flow",
-                    place="set_parameter_sync",
-                    fix="call it in a flow, or take the pair away",
-                )
-        if source is destination:
-            raise FlowError(
-                f"set_parameter_sync pairs {source!r} with itself",
-                place="set_parameter_sync",
-                fix="take the pair away: a module has its own weights already",
-            )
-    pairs = list({(id(a), id(b)): (a, b) for a, b in program.sync_pairs}.values())
-    program.notes += [
-        f"set_parameter_sync({_arrow((a, b))}) is given {times} times and carried once"
-        for a, b in pairs
-        if (times := sum(x is a and y is b for x, y in program.sync_pairs)) > 1
-    ]
-    circle = _circle(pairs)
-    program.sync_pairs = pairs if circle else _in_order(pairs)
-    for destination in {id(receiver): receiver for _, receiver in pairs}.values():
-        into = [pair for pair in pairs if pair[1] is destination]
-        # A load_state_dict of the user's own may give each source a place.
-        plain = type(destination).load_state_dict is BaseModule.load_state_dict
-        if len(into) > 1 and plain:
-            program.problems.append(
-                FlowError(
-                    f"{len(into)} modules sync into {destination.name!r}, which would keep the weights of the last "
-                    f"only: {'; '.join(map(_arrow, into))}",
-                    place="set_parameter_sync",
-                    fix="leave one pair, or override load_state_dict() to give each source its place",
-                )
-            )
-    if circle:
-        names = " -> ".join(module.name for module in [*circle, circle[0]])
-        program.problems.append(
-            FlowError(
-                f"parameter syncs go in a circle, so modules overwrite what they learned: {names}",
-                place="set_parameter_sync",
-                fix="take one of the pairs away: weights travel from who learns to who samples",
-            )
-        )
-
-
-def _arrow(pair: SyncPair) -> str:
-    return f"{pair[0].name} -> {pair[1].name}"
-
-
-def _circle(pairs: Sequence[SyncPair]) -> list[BaseModule]:
-    """Return the modules of a circle of pairs, in order, or none."""
-    ways = [[source] for source, _ in pairs]
-    while ways:
-        way = ways.pop()
-        for source, target in pairs:
-            if source is way[-1] and target is way[0]:
-                return way
-            if source is way[-1] and target not in way:
-                ways.append([*way, target])
-    return []
-
-
-def _in_order(pairs: Sequence[SyncPair]) -> list[SyncPair]:
-    """Sort pairs so that in a chain (a -> b, b -> c) weights reach the end in one sync, however it was declared."""
-    before = TopologicalSorter[int]()
-    for source, destination in pairs:
-        before.add(id(destination), id(source))
-    place = {module: number for number, module in enumerate(before.static_order())}
-    chained = {id(destination) for _, destination in pairs} & {id(source) for source, _ in pairs}
-    return sorted(pairs, key=lambda pair: place[id(pair[0])]) if chained else list(pairs)
+from chatlearn.program import Executor, Program, name_of
 
 
 def check_data(program: Program) -> None:
