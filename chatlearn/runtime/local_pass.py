@@ -210,7 +210,10 @@ class Pass:
     def _piece(self, piece: Piece) -> Batch:
         if piece.call == FEED:
             assert self._flow is not None
-            return self._flow.feed.batch(piece.start, piece.stop)
+            batch = self._flow.feed.batch(piece.start, piece.stop)
+            if self._tap is not None:
+                self._tap.fed(self._flow.graph.name, piece.start, piece.stop, batch)
+            return batch
         return take(self._outputs.take(piece), piece.start, piece.stop)
 
     @staticmethod

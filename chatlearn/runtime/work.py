@@ -87,6 +87,10 @@ class Tap(Protocol):
         """Take note of what is about to run; `trainer.samples` are seen here if no flow delivers them."""
         ...
 
+    def fed(self, flow: str, start: int, stop: int, batch: Batch) -> None:
+        """Look at samples `start` to `stop` of the flow's own batch, which a call takes next."""
+        ...
+
     def entering(self, flow: str, node: Node, call: Call, data: Batch | list[Batch]) -> None:
         """Look at a call's inputs before the module gets them: columns as they are outside any namespace.
 
