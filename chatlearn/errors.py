@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -79,6 +80,10 @@ class CheckpointError(ChatLearnError):
     """A checkpoint cannot be written, is damaged or belongs to another run."""
 
 
+class RecordError(ChatLearnError):
+    """What a run recorded is missing, damaged, or does not have what is asked of it."""
+
+
 class OutputError(ChatLearnError):
     """The output folder cannot be used."""
 
@@ -89,6 +94,10 @@ class EngineError(ChatLearnError):
 
 class ModuleError(ChatLearnError):
     """A module's method raised; the original exception is this error's `__cause__`."""
+
+
+class DeadlineError(ModuleError):
+    """A module's step took longer than `models.<name>.timeout_s`."""
 
 
 class HookError(ModuleError):
@@ -105,3 +114,31 @@ def describe_function(function: Callable[..., Any]) -> str:
     code = getattr(inspect.unwrap(inner), "__code__", None)
     place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return f"{inner.__qualname__}{place}"
+
+
+def write_failure(error: OSError) -> tuple[str, str]:
+    """Say why something could not be written, and what to do about it: the cause and the fix of an error.
+
+    Example:
+        >>> write_failure(OSError(errno.ENOSPC, "No space left on device"))[0]
+        'No space left on device'
+    """
+    elsewhere = "choose another runtime.output_dir"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fix = f"free space there, or {elsewhere}"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        fix = f"make the folder writable for this user, or {elsewhere}"
+    elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        fix = f"leave the run's folder in place while it runs, or {elsewhere}"
+    else:
+        fix = f"see whether that disk works, or {elsewhere}"
+    return error.strerror or str(error), fix
+
+
+def os_error_behind(error: BaseException | None) -> OSError | None:
+    """Return the operating system's error that another one hides, as libraries that write files do; None without one."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

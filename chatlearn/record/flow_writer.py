@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gather what one flow did in one episode, and write it as a folder.
+
+::
+
+    env_flow/
+      flow.json                      the nodes, what they take, which file is whose
+      batch.parquet                  what entered the flow (in a trainer flow: the samples delivered to it)
+      policy.forward_step.parquet    a row per sample of a call; columns `in:<name>` and `out:<name>`
+
+A column is stored where it was made. An input that is another node's output, and an output that is the unchanged
+input, are references (`Place.source`); what enters the flow stands in `batch.parquet` once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from torch import Tensor
+
+from chatlearn.columns import UID
+from chatlearn.flow.batching import Batch, Column, select, size, take
+from chatlearn.flow.graph import FEED, FlowGraph, Node
+from chatlearn.record.cells import UnkeepableError, dtype_name
+from chatlearn.record.sameness import same_column
+from chatlearn.record.seen import Call, Feed
+from chatlearn.record.table import FORMAT, CallEntry, Layout, Place, Side, TableWriter
+
+BATCH: Final = "batch.parquet"
+FLOW: Final = "flow.json"
+_LONGEST_NAME: Final = 120
+
+LeftOut = Callable[[str, str, str], None]
+"""Told of a column that cannot be kept: whose it is, its name, the type of what it holds."""
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A call under way: its inputs as they were before the module got them."""
+
+    data: list[Batch]
+    """One batch, or one per micro-batch."""
+    random: int | None
+    policy_version: int
+
+
+class FlowWriter:
+    """Gathers one flow; `entered` and `returned` are called around every call."""
+
+    def __init__(self, graph: FlowGraph, feed: Feed | None, left_out: LeftOut) -> None:
+        self.graph = graph
+        self._feed = feed
+        self._uids = [] if feed is None else list(feed.uids)
+        self._groups = [] if feed is None else list(feed.groups)
+        self._left_out = left_out
+        self._batch = TableWriter()
+        self._ranges: dict[tuple[int, int], tuple[int, tuple[str, ...]]] = {}
+        """What was taken from the flow's own batch: the entry that holds it, and its columns."""
+        self._nodes = [TableWriter() for _ in graph.nodes]
+        self._done: dict[int, list[list[str]]] = {}
+        """Per call, the columns of its output: of one batch, or per micro-batch."""
+        self._returned: list[dict[int, int]] = [{} for _ in graph.nodes]
+        """Per node, the call that returned each uid."""
+        self._delivered_uids: list[int | None] = []
+        self._delivered_columns: set[str] = set()
+
+    def goes_on(self, feed: Feed) -> None:
+        """Take samples of a further feed, with other uids: the next dataset of an evaluation."""
+        self._feed = feed
+        self._uids += feed.uids
+        self._groups += feed.groups
+        self._ranges.clear()
+
+    # ---- calls --------------------------------------------------------------------------------------------------
+
+    def returned(
+        self,
+        node: Node,
+        call: Call,
+        entered: Entered,
+        output: list[Batch],
+        numbers: Mapping[str, float],
+    ) -> None:
+        """Keep a call that ended well."""
+        table, at = self._nodes[node.index], self._nodes[node.index].rows
+        entry = CallEntry(
+            rows=sum(map(size, entered.data)),
+            replica=call.replica,
+            iteration=call.iteration,
+            policy_version=entered.policy_version,
+            random=entered.random,
+            numbers=dict(numbers),
+        )
+        kept = None
+        if call.step is None and node.module.filters_samples:
+            position = {uid: i for i, uid in enumerate(call.uids)}
+            kept = entry.kept = [position[int(uid)] for uid in output[0].get(UID, [])]
+        if call.step is None:
+            entry.batch = self._batch_entry(node, call)
+        else:
+            entry.step = call.step.index
+            entry.micro_batches = [size(data) for data in entered.data]
+        for number, data in enumerate(entered.data):
+            layout_in = self._input_layout(node, call, number, data, table, at)
+            entry.inputs.append(table.layout(layout_in))
+            if number < len(output):
+                before = data if kept is None else select(data, kept)
+                offsets = kept if kept is not None else range(size(data))
+                entry.outputs.append(
+                    table.layout(
+                        self._output_layout(node, before, output[number], offsets, table, at)
+                    )
+                )
+            at += size(data)
+        self._done[call.id] = [list(batch) for batch in output]
+        if output and output[0]:
+            came = call.uids if kept is None else [call.uids[i] for i in kept]
+            self._returned[node.index].update(dict.fromkeys(came, call.id))
+        table.add(entry, self._meta(len(table.calls), call, entry, entered.data))
+
+    def _meta(
+        self, number: int, call: Call, entry: CallEntry, data: Sequence[Batch]
+    ) -> dict[str, Sequence[Any]]:
+        """Return the numbers that stand in each row of a call."""
+        meta: dict[str, Sequence[Any]] = {"uid": list(call.uids)}
+        if call.step is not None:
+            positions = [p for part in call.step.micro_batches for p in part]
+            meta = {
+                "uid": [self._uid_at(position) for position in positions],
+                "step": [call.step.index] * entry.rows,
+                "micro_batch": [m for m, batch in enumerate(data) for _ in range(size(batch))],
+                "position": positions,
+            }
+        each = {
+            "call": number,
+            "replica": call.replica,
+            "iteration": call.iteration,
+            "policy_version": entry.policy_version,
+        }
+        return {**meta, **{name: [value] * entry.rows for name, value in each.items()}}
+
+    def _uid_at(self, position: int) -> int | None:
+        return self._delivered_uids[position]
+
+    # ---- where columns come from ----------------------------------------------------------------------------------
+
+    def _providers(self, node: Node, call: Call, number: int) -> dict[str, int]:
+        """Return, per column that a call takes, the number of the node whose output it is, or `FEED`."""
+        found: dict[str, int] = {}
+        for source, pieces in zip(node.inputs, call.inputs, strict=True):
+            names: Iterable[str] = ()
+            if source == FEED:
+                first = pieces[0]
+                names = self._ranges.get((first.start, first.stop), (0, ()))[1]
+                names = self._delivered_columns if call.step is not None else names
+            elif pieces and (done := self._done.get(pieces[0].call)) is not None:
+                names = done[number] if number < len(done) else ()
+            found.update(dict.fromkeys(names, source))
+        return found
+
+    def _input_layout(
+        self, node: Node, call: Call, number: int, data: Batch, table: TableWriter, at: int
+    ) -> Layout:
+        providers = self._providers(node, call, number)
+        layout: Layout = []
+        for name, column in data.items():
+            source = providers.get(name)
+            if source == FEED:
+                layout.append(_placed(name, column, "batch"))
+            elif source is not None:
+                layout.append(_placed(name, column, "node", node=source))
+            elif (
+                stored := self._store(table, node.name, "in", name, column, None, at)
+            ) is not None:
+                layout.append(_placed(name, column, "stored", stored=stored))
+        return layout
+
+    def _output_layout(
+        self,
+        node: Node,
+        before: Batch,
+        output: Batch,
+        offsets: Sequence[int],
+        table: TableWriter,
+        at: int,
+    ) -> Layout:
+        layout: Layout = []
+        for name, column in output.items():
+            if name in before and same_column(before[name], column):
+                layout.append(_placed(name, column, "input"))
+            elif (
+                stored := self._store(table, node.name, "out", name, column, offsets, at)
+            ) is not None:
+                layout.append(_placed(name, column, "stored", stored=stored))
+        return layout
+
+    def _store(
+        self,
+        table: TableWriter,
+        owner: str,
+        side: Side,
+        name: str,
+        column: Column,
+        offsets: Sequence[int] | None,
+        at: int,
+    ) -> str | None:
+        """Store a column; None, and a word about it, if it cannot be kept."""
+        try:
+            return table.store(side, name, column, offsets or range(len(column)), at)
+        except UnkeepableError as error:
+            self._left_out(owner, name, str(error))
+            return None
+
+    # ---- what enters the flow --------------------------------------------------------------------------------------
+
+    def fed(self, start: int, stop: int, batch: Batch) -> None:
+        """Keep what a call takes from the flow's own batch, samples `start` to `stop` of it; once for equal ranges."""
+        assert self._feed is not None, "only flows with a feed are fed"
+        if (start, stop) not in self._ranges:
+            number = self._add_batch(batch, {"uid": list(self._feed.uids[start:stop])})
+            self._ranges[start, stop] = number, tuple(batch)
+
+    def _batch_entry(self, node: Node, call: Call) -> int | None:
+        """Return the entry of `batch.parquet` that a call has taken samples from."""
+        if call.step is not None or FEED not in node.inputs:
+            return None
+        piece = call.inputs[node.inputs.index(FEED)][0]
+        return self._ranges[piece.start, piece.stop][0]
+
+    def _add_batch(
+        self,
+        batch: Batch,
+        meta: Mapping[str, Sequence[Any]],
+        known: Mapping[str, int] | None = None,
+    ) -> int:
+        """Append samples to `batch.parquet`; columns in `known` are outputs of that node of the flow before."""
+        layout: Layout = []
+        for name, column in batch.items():
+            if known is not None and name in known:
+                layout.append(_placed(name, column, "node", node=known[name]))
+                continue
+            stored = self._store(
+                self._batch, "the batch", "in", name, column, None, self._batch.rows
+            )
+            if stored is not None:
+                layout.append(_placed(name, column, "stored", stored=stored))
+        entry = CallEntry(rows=size(batch), inputs=[self._batch.layout(layout)])
+        self._batch.add(entry, meta)
+        return len(self._batch.calls) - 1
+
+    def given(self, samples: Batch) -> None:
+        """Keep the samples that a trainer flow gets from no flow of this episode: a dataset's, or replay's."""
+        positions = list(range(size(samples)))
+        if UID in samples:
+            self._delivered_uids = [int(uid) for uid in samples[UID]]
+        else:
+            self._delivered_uids = [None] * len(positions)
+        self._delivered_columns = set(samples)
+        self._add_batch(samples, {"position": positions, "uid": self._delivered_uids})
+
+    def delivered(self, source: FlowWriter, uids: Sequence[int], samples: Batch) -> None:
+        """Take note of samples that another flow delivered to this one: references, where that flow made them."""
+        outputs = source.graph.outputs
+        whole = [all(uid in source._returned[node] for node in outputs) for uid in uids]
+        self._delivered_columns |= samples.keys()
+        start = 0
+        for is_known, run in groupby(whole):
+            stop = start + len(list(run))
+            part, at = take(samples, start, stop), len(self._delivered_uids)
+            known = source.output_columns(uids[start]) if is_known else None
+            self._delivered_uids += uids[start:stop]
+            meta = {"position": list(range(at, at + stop - start)), "uid": uids[start:stop]}
+            self._add_batch(part, meta, known)
+            start = stop
+
+    def output_columns(self, uid: int) -> dict[str, int]:
+        """Return, per column that leaves the flow with a sample, the number of the node that made it."""
+        found: dict[str, int] = {}
+        for node in self.graph.outputs:
+            columns = self._done[self._returned[node][uid]][0]
+            found.update(dict.fromkeys(columns, node))
+        return found
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> int:
+        """Write the flow's folder and return its bytes."""
+        folder.mkdir(parents=True)
+        files = _file_names(node.name for node in self.graph.nodes)
+        written = self._batch.write(folder / BATCH)
+        for name, table in zip(files, self._nodes, strict=True):
+            written += table.write(folder / name)
+        content = {
+            "format": FORMAT,
+            "name": self.graph.name,
+            "outputs": list(self.graph.outputs),
+            "uids": self._uids,
+            "groups": self._groups,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "file": file,
+                    "module": node.module.name,
+                    "class": f"{type(node.module).__module__}.{type(node.module).__qualname__}",
+                    "method": node.method,
+                    "inputs": list(node.inputs),
+                    "turn": node.turn,
+                    "filters": node.module.filters_samples,
+                    "place": node.place,
+                }
+                for node, file in zip(self.graph.nodes, files, strict=True)
+            ],
+        }
+        text = json.dumps(content)
+        (folder / FLOW).write_text(text, encoding="utf-8")
+        return written + len(text)
+
+
+def _placed(name: str, column: Column, source: Any, *, stored: str = "", node: int = -1) -> Place:
+    if not isinstance(column, Tensor):
+        return Place(name, source, stored, node)
+    empty = None if len(column) else (dtype_name(column), tuple(column.shape[1:]))
+    return Place(name, source, stored, node, "stacked", empty)
+
+
+def _file_names(names: Iterable[str]) -> list[str]:
+    """Return a file name per node: its own where that is one, else with what no file name may have written as %2F."""
+    found: list[str] = []
+    taken = {BATCH.lower()}
+    for name in names:
+        file = quote(name, safe="#@+=, ()[]").replace("~", "%7E")
+        if len(file) > _LONGEST_NAME or file.startswith(".") or f"{file}.parquet".lower() in taken:
+            digest = hashlib.sha256(name.encode("utf-8", errors="surrogatepass")).hexdigest()[:12]
+            file = f"{file.lstrip('.')[:_LONGEST_NAME]}-{digest}"
+        taken.add(f"{file}.parquet".lower())
+        found.append(f"{file}.parquet")
+    return found
