@@ -10,8 +10,14 @@ from chatlearn.config import RuntimeConfig
 from chatlearn.module import resolved_config
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
-from chatlearn.stage import Stage
-from chatlearn.weights.local import ParameterSync, may_share
+from chatlearn.stage import Stage, numbers_of_its_own
+from chatlearn.weights.local import ParameterSync, SyncReport
+from chatlearn.weights.sharing import may_share
+
+_DIGITS = 12
+"""Hexadecimal digits of a digest that become a metric: 48 bits, which a float holds exactly."""
+_SHOWN = 4
+"""Names that a note lists."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,14 @@ class Syncs:
 
     def __init__(self, program: Program, stage: Stage, config: RuntimeConfig) -> None:
         self._stage = stage
+        self._config = config
+        self._noted: set[str] = set()
         trainer = program.graphs.get("trainer_flow")
         trained = set(map(id, trainer.modules)) if trainer else set[int]()
         receivers = [id(destination) for _, destination in program.sync_pairs]
         self._pairs: list[_Pair] = []
-        for source, destination in program.sync_pairs:
+        for pair in program.sync_pairs:
+            source, destination = pair
             replicas = [worker.module for worker in stage.runtime.workers[destination.name]]
             frequency = resolved_config(destination).sync_frequency
             share = may_share(
@@ -39,17 +48,21 @@ class Syncs:
                 destination_trains=id(destination) in trained,
                 destination_syncs=receivers.count(id(destination)),
             )
-            self._pairs.append(_Pair(ParameterSync(source, replicas, share=share), frequency))
+            sync = ParameterSync(source, replicas, share=share, place=pair.place)
+            self._pairs.append(_Pair(sync, frequency))
 
     def run_first(self, recorder: Recorder, *, resumed: bool) -> None:
-        """Sync before the first episode; a resumed destination that is synced rarely keeps what it was saved with."""
+        """Sync before the first episode; a resumed destination that is synced rarely keeps what it was saved with.
+
+        The first sync of a process is probed, whatever its number.
+        """
         workers = [worker for name in self._stage.runtime.workers.values() for worker in name]
         versions = [worker.module.policy_version for worker in workers]
         for pair in self._pairs:
             if pair.sync.moves_nothing:
                 recorder.note(f"nothing to sync: {pair.sync.pair} have no parameters")
             if not resumed or pair.frequency == 1:
-                self._run(pair, recorder)
+                self._run(pair, recorder, probes=self._config.verify_every > 0)
         if resumed:  # this sync repeats one that was counted before
             for worker, version in zip(workers, versions, strict=True):
                 worker.module.policy_version = version
@@ -58,14 +71,41 @@ class Syncs:
         """Sync what is due after `episodes` episodes."""
         for pair in self._pairs:
             if is_due(episodes, pair.frequency):
-                self._run(pair, recorder)
+                every = self._config.verify_every
+                probes = every > 0 and (episodes // pair.frequency) % every == 0
+                self._run(pair, recorder, probes=probes)
 
     def release(self) -> None:
         """Give destinations storage of their own: a later engine may train with either side."""
         for pair in self._pairs:
             pair.sync.release()
 
-    @staticmethod
-    def _run(pair: _Pair, recorder: Recorder) -> None:
+    def _run(self, pair: _Pair, recorder: Recorder, *, probes: bool) -> None:
         report = pair.sync.run()
-        recorder.synced(report.pair, report.seconds, report.bytes)
+        numbers: dict[str, float] = {
+            "seconds": report.seconds,
+            "bytes": report.bytes,
+            "skipped": report.skipped,
+            "proof_seconds": report.proof_seconds,
+            "digest": float(int(report.digest[:_DIGITS], 16)),
+        }
+        if probes:
+            with numbers_of_its_own(self._config.seed):
+                probed = pair.sync.probe()
+            if probed is not None:
+                numbers["seconds"] += probed.seconds
+                numbers["probe_seconds"] = probed.seconds
+                numbers["probe_difference"] = probed.difference
+        recorder.synced(report.pair, numbers)
+        if report.unproven and report.pair not in self._noted:
+            self._noted.add(report.pair)
+            recorder.note(_describe_unproven(report))
+
+
+def _describe_unproven(report: SyncReport) -> str:
+    shown = ", ".join(report.unproven[:_SHOWN])
+    more = len(report.unproven) - _SHOWN
+    return (
+        f"{report.pair}: load_state_dict() makes {shown}{f' and {more} more' if more > 0 else ''} of what it gets; "
+        "these have no digest in the source to compare with"
+    )

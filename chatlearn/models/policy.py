@@ -14,6 +14,7 @@ from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError, DataError
 from chatlearn.module import BaseModule, state_of
 from chatlearn.rollout.base import Completion, PromptRequest, SamplingParams
+from chatlearn.training.description import described
 from chatlearn.training.loading import Device, DType, check_source, load, resolve_device
 
 if TYPE_CHECKING:
@@ -209,6 +210,14 @@ class PolicyInference(BaseModule):
             max_new_tokens=_first(config.eval_max_new_tokens, config.max_new_tokens),
         )
         return self._generate(data, params, "eval")
+
+    def describe_parameters(self) -> Mapping[str, Tensor] | None:
+        """Return the names, shapes and dtypes of the weights, from the model's configuration alone."""
+        return described(self.config.model, self.config.dtype, self.config.trust_remote_code)
+
+    def probe_logprobs(self, token_ids: Tensor) -> Tensor:
+        """Return log-probs by the prefill and the decoding, token by token, that sampling uses."""
+        return self._engine.score(token_ids)
 
     def onload(self) -> None:
         """Bring the weights to the configured device."""

@@ -15,6 +15,7 @@ from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError, ConfigError
 from chatlearn.module import BaseModule
+from chatlearn.training.description import described
 from chatlearn.training.loading import (
     Device,
     DType,
@@ -24,6 +25,8 @@ from chatlearn.training.loading import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chatlearn.training.optimiser import Optimiser
     from chatlearn.training.samples import TrainSamples
     from chatlearn.training.step import StepSettings
@@ -146,14 +149,19 @@ class PolicyTrainer(BaseModule):
         )
 
     def setup(self) -> None:
-        """Load model and tokenizer, and make the optimiser."""
+        """Load model and tokenizer, and make the optimiser.
+
+        What a model that a callable made has frozen (an adapter's base, embeddings) stays frozen.
+        """
         from chatlearn.training.architecture import require_packing
         from chatlearn.training.optimiser import Optimiser
 
         config = self.config
         self._newest_version = -1
         model, self.tokenizer = self._load()
-        self.model = model.requires_grad_(True)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            model.requires_grad_(True)
+        self.model = model
         if config.gradient_checkpointing:
             self._checkpoint_gradients(model)
         if config.packing:
@@ -220,6 +228,17 @@ class PolicyTrainer(BaseModule):
                 packing=self.config.packing,
             )
         return data
+
+    def describe_parameters(self) -> Mapping[str, Tensor] | None:
+        """Return the names, shapes and dtypes of the weights, from the model's configuration alone."""
+        return described(self.config.model, "fp32", self.config.trust_remote_code)
+
+    def probe_logprobs(self, token_ids: Tensor) -> Tensor:
+        """Return log-probs by the forward pass of a train step."""
+        from chatlearn.training.logprobs import sequence_logprobs
+
+        with self._precision():
+            return sequence_logprobs(self.model, token_ids)
 
     def training_state(self) -> dict[str, Any]:
         """Return the optimiser's moments and the number of updates."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -11,6 +12,7 @@ from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError
 from chatlearn.module import BaseModule
+from chatlearn.training.description import described
 from chatlearn.training.loading import (
     Device,
     DType,
@@ -18,6 +20,9 @@ from chatlearn.training.loading import (
     load_model,
     resolve_device,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PolicyReference(BaseModule):
@@ -106,6 +111,16 @@ class PolicyReference(BaseModule):
     def eval_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Do what `forward_step` does."""
         return self.forward_step(data)
+
+    def describe_parameters(self) -> Mapping[str, Tensor] | None:
+        """Return the names, shapes and dtypes of the weights, from the model's configuration alone."""
+        return described(self.config.model, self.config.dtype, self.config.trust_remote_code)
+
+    def probe_logprobs(self, token_ids: Tensor) -> Tensor:
+        """Return log-probs as `forward_step` computes them."""
+        from chatlearn.training.logprobs import sequence_logprobs
+
+        return sequence_logprobs(self.model, token_ids)
 
     def onload(self) -> None:
         """Bring the weights to the configured device."""

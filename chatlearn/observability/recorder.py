@@ -177,10 +177,10 @@ class Recorder:
         """Keep transcripts of an episode's samples."""
         self._transcribe(batches, episode, "train")
 
-    def synced(self, pair: str, seconds: float, moved_bytes: int) -> None:
+    def synced(self, pair: str, numbers: Mapping[str, float]) -> None:
         """Take the numbers of a parameter sync."""
-        self._episode.put(f"sync/{pair}/seconds", seconds)
-        self._episode.put(f"sync/{pair}/bytes", moved_bytes)
+        for name, value in numbers.items():
+            self._episode.put(f"sync/{pair}/{name}", value)
 
     def replayed(self, episodes: int, samples: int, *, oldest: int) -> None:
         """Take note of how many episodes were trained on, with how many samples, and of the oldest (from 1)."""

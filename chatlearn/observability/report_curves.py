@@ -59,6 +59,10 @@ def curves_html(rows: Sequence[Row]) -> str:
     return f'<section id="curves"><h2>Curves</h2>{LEAD}{"".join(parts)}</section>' if parts else ""
 
 
+DIGEST = "/digest"
+"""End of the names of numbers that are compared between runs, and are no quantity."""
+
+
 def _names(rows: Sequence[Row]) -> list[str]:
     """Return the metrics in the order they first appear."""
     found: dict[str, None] = {}
@@ -66,6 +70,8 @@ def _names(rows: Sequence[Row]) -> list[str]:
         bad = set(row.get("nonfinite", ()))
         for name, value in row.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name.endswith(DIGEST):
+                continue
             if name not in KEYS and (number or name in bad):
                 found[name] = None
     return list(found)

@@ -27,10 +27,13 @@ from chatlearn.rollout.attention import decode_attention
 from chatlearn.rollout.base import Completion, Progress, PromptRequest, SamplingParams
 from chatlearn.rollout.kv_cache import InPlaceCache, RowCache, closing_moves, make_cache
 from chatlearn.rollout.sampling import sample_keys, sample_tokens, uniforms
+from chatlearn.rollout.stopping import StopTexts, eos_ids, special_id
 
 _PREFILL_TOKENS = 16384
 """Padded prompt tokens of one forward call; more are split, so that memory does not grow with the
 batch."""
+_STRETCH = 4
+"""Tokens that `score` decodes behind one prompt."""
 _UNIFORM_STEPS = 64
 """Steps whose random numbers are made at once."""
 _LEAVE_FRACTION = 1 / 32
@@ -88,6 +91,30 @@ class TransformersEngine:
             decoding.run(additive, progress)
         return decoding.completions()
 
+    def score(self, token_ids: Tensor) -> Tensor:
+        """Return the log-probs of given tokens, by the computation that `generate` samples from.
+
+        The tokens are cut into stretches; each is decoded behind a prompt of all tokens before it, in one batch of
+        padded prompts. So every log-prob comes from a prefill, or from decoding behind one.
+
+        Args:
+            token_ids: int64 `[T]`, T of 2 or more.
+
+        Returns:
+            float32 `[T - 1]`, on the CPU: nats of `token_ids[1:]`, at temperature 1.
+        """
+        ids = token_ids.cpu()
+        starts = range(1, len(ids), _STRETCH)
+        requests = [PromptRequest(uid=start, prompt_ids=ids[:start]) for start in starts]
+        limits = [min(_STRETCH, len(ids) - start) for start in starts]
+        decoding = _Decoding(self, requests, SamplingParams(), 0, limits)
+        stretches = [ids[start : start + _STRETCH] for start in starts]
+        decoding.force(torch.nn.utils.rnn.pad_sequence(stretches))
+        with torch.inference_mode(), decode_attention(self.model) as additive:
+            decoding.run(additive, progress=None)
+        logprobs = decoding.probs.T.cpu().log()
+        return torch.cat([row[:limit] for row, limit in zip(logprobs, limits, strict=True)]).clone()
+
     def forward(self, tokens: Tensor, cache: Any, mask: Tensor | None, at: Tensor | None) -> Tensor:
         """Feed tokens `[B, Q]` at positions `at`; return the last position's logits `[B, V]`.
 
@@ -123,26 +150,6 @@ class TransformersEngine:
                 fix="shorten or drop the prompt (max_prompt_tokens says which are too long)",
             )
         return min(params.max_new_tokens, room)
-
-
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response: the tokenizer's EOS and the model's additions to it.
-
-    The list of a model that does not contain the tokenizer's EOS is a default that belongs to
-    another vocabulary.
-    """
-    own: int = tokenizer.eos_token_id
-    found: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = cast("list[int]", found) if isinstance(found, list) else [found]
-    return sorted({own, *listed}) if own in listed else [own]
-
-
-def special_id(tokenizer: Any, text: str) -> int | None:
-    """Return the id of the special token with this text; None if there is none."""
-    if text in tokenizer.all_special_tokens:
-        return tokenizer.convert_tokens_to_ids(text)
-    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-    return next((i for i, one in added.items() if one.special and one.content == text), None)
 
 
 @dataclass
@@ -199,7 +206,12 @@ class _Decoding:
         self.tokens = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.probs = torch.zeros(size, dtype=torch.float32, device=self.device)
         texts = tuple(text for text, token in special.items() if token is None)
-        self.stops = _StopTexts(engine.tokenizer, texts, len(requests))
+        self.stops = StopTexts(engine.tokenizer, texts, len(requests))
+        self.forced: Tensor | None = None
+
+    def force(self, tokens: Tensor) -> None:
+        """Have every response consist of given tokens, int64 `[steps, requests]`, up to its limit."""
+        self.forced, self.eos = tokens.to(self.device), self.eos[:0]
 
     def run(self, additive: bool, progress: Progress | None) -> None:
         """Prefill, then sample and decode until every response has ended.
@@ -244,20 +256,26 @@ class _Decoding:
             count = min(_UNIFORM_STEPS, self.steps - step)
             self.uniform = uniforms(self.keys, step, count).to(self.device)
         params = self.params
-        tokens, probs = sample_tokens(
-            logits,
-            self.uniform[chunk][rows.slots],
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-        )
+        if self.forced is not None:
+            tokens = self.forced[step, rows.slots]
+            probs = logits.float().softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        else:
+            tokens, probs = sample_tokens(
+                logits,
+                self.uniform[chunk][rows.slots],
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+            )
         self.tokens[step, rows.slots] = tokens
         self.probs[step, rows.slots] = probs
         if progress is not None:
             progress(int((~rows.finished).sum()))
         rows.finished = rows.finished | torch.isin(tokens, self.eos) | (rows.limits <= step + 1)
         if self.stops.stop:
-            rows.finished = rows.finished | self.stops.look(self.tokens, rows, step)
+            rows.finished = rows.finished | self.stops.look(
+                self.tokens, rows.slots, rows.finished, step
+            )
         return tokens
 
     def _prefill(self, additive: bool) -> tuple[RowCache, Tensor, _Rows]:
@@ -318,36 +336,6 @@ class _Decoding:
             reason = "stop" if ended[slot] else "length"
             done.append(Completion(uid, tokens[slot, :length].clone(), own, reason))
         return done
-
-
-class _StopTexts:
-    """Looks for stop texts at the end of responses, by decoding their last few tokens."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], requests: int) -> None:
-        self.tokenizer = tokenizer
-        self.stop = stop
-        self.lengths = torch.full((requests,), torch.iinfo(torch.int64).max)
-        """int64 `[requests]`, on the CPU: tokens of the response up to the stop text, or a huge
-        number."""
-        # A token holds at least one byte of text; the rest is for special tokens and a character
-        # cut in two.
-        self.window = max((len(text.encode()) for text in stop), default=0) + 8
-
-    def look(self, tokens: Tensor, rows: _Rows, step: int) -> Tensor:
-        """Return which rows `[B]` have just completed a stop text, and note their lengths."""
-        recent = tokens[max(0, step + 1 - self.window) : step + 1, rows.slots]
-        tail = cast("list[list[int]]", recent.T.tolist())
-        finished = cast("list[bool]", rows.finished.tolist())
-        slots = cast("list[int]", rows.slots.tolist())
-        found = torch.zeros(len(slots), dtype=torch.bool)
-        for row, ids in enumerate(tail):
-            if finished[row]:
-                continue
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if any(stop in text for stop in self.stop):
-                found[row] = True
-                self.lengths[slots[row]] = step + 1
-        return found.to(rows.finished.device)
 
 
 def _distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:

@@ -180,7 +180,7 @@ def check_source(
             problems += _check_tokenizer_files(_text(source), "model")
     elif not _is_factory(source):
         try:
-            _as_config(source)
+            as_config(source)
         except ConfigError as error:
             problems.append(error)
         if tokenizer is None and (isinstance(source, Mapping) or not problems):
@@ -236,7 +236,7 @@ def _call_factory(source: Callable[[], Any]) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
-def _as_config(source: Any) -> Any:
+def as_config(source: Any) -> Any:
     """Turn a dict into a transformers config; pass a config through."""
     if not isinstance(source, Mapping):
         if hasattr(source, "model_type"):
@@ -270,7 +270,7 @@ def _from_config(source: Any, attn: str | None, seed: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(_as_config(source))
+    config = copy.deepcopy(as_config(source))
     options: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
     auto: Any = AutoModelForCausalLM
     with torch.random.fork_rng():

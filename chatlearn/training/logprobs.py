@@ -217,6 +217,20 @@ def response_logprobs(
     return results
 
 
+def sequence_logprobs(model: Any, token_ids: Tensor) -> Tensor:
+    """Return what `response_logprobs` gives for everything behind the first of some tokens.
+
+    Args:
+        model: a transformers causal LM, in eval mode.
+        token_ids: int64 `[T]`, T of 2 or more.
+
+    Returns:
+        float32 `[T - 1]`, on the CPU, nats.
+    """
+    parts = [token_ids[:1]], [token_ids[1:]]
+    return response_logprobs(model, *parts, max_tokens=len(token_ids))[0]
+
+
 def divisors(temperature: Tensor | float, samples: int) -> Tensor | None:
     """Return `[B]` what logits are divided by: the temperature, or 1 where it is 0; None if 1
     throughout.

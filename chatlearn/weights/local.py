@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter sync within one process: a copy that is compared afterwards, or shared storage where that is the same.
+"""Parameter sync within one process: a copy, or shared storage where that is the same; proved every time.
 
-Sharing means that a destination's parameters *are* the source's tensors. Nothing is moved then, but every train
-step is visible to the destination at once. That equals copying exactly if nobody looks at the destination between
-a train step and the next sync; the engine asks for sharing only then (see `may_share`). That a class changes its
-weights at no other time only its author knows, so both classes must say so: `shares_weights = True`.
+source's state --adapters merged?--> plan: names, shapes, dtypes
+                                       |  every replica: share storage, or load what it has not
+                                       v
+          digests of what was sent = digests of what arrived?  --probe now and then--> same log-probs?
 """
 
 from __future__ import annotations
@@ -13,46 +13,57 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chatlearn.errors import SyncError
-from chatlearn.module import BaseModule, call_hook, has_model
-from chatlearn.weights.plan import plan_sync
+from chatlearn.module import BaseModule, call_hook
+from chatlearn.weights.digest import digests, total_digest
+from chatlearn.weights.plan import plan_sync, ties_of
+from chatlearn.weights.probe import ProbeReport, probe
+from chatlearn.weights.proof import Sent, Stopwatch, named_tensors, verify
+from chatlearn.weights.sharing import aliases, are_plain, own_storage, share
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one sync did."""
+    """What one sync did.
+
+    Example:
+        `SyncReport("learner -> policy", tensors=69, bytes=19020288, skipped=0, shared=False, digest="9f0c...", ...)`
+    """
 
     pair: str
     tensors: int
+    """Tensors and values that the source holds."""
     bytes: int
+    """Moved, to all replicas together."""
+    skipped: int
+    """Tensors not moved, since they take no gradient and every replica had them; 0 where storage is shared."""
     seconds: float
+    """All of the sync, its proof included."""
+    proof_seconds: float
+    """Of these: for looking for NaN, and for digests."""
     shared: bool
-
-
-def may_share(
-    *,
-    frequency: int,
-    replicas: int,
-    streams: bool,
-    destination_trains: bool,
-    destination_syncs: int,
-) -> bool:
-    """Tell whether shared storage gives the results of copying.
-
-    A destination must be synced after every episode, from one source, have one replica, take no part in the trainer
-    flow, and all of an episode's samples must exist before its first train step (no dynamic streaming).
-    """
-    once = frequency == 1 and replicas == 1 and destination_syncs == 1
-    return once and not streams and not destination_trains
+    """Whether both ends have the same storage."""
+    digest: str
+    """16 hexadecimal digits of all that was compared, the same in two runs whose destinations got the same bytes."""
+    unproven: tuple[str, ...] = ()
+    """Tensors of the destination that a `load_state_dict` of the user's made of something else than one of the source's
+    tensors: their digests cannot be compared."""
 
 
 class ParameterSync:
     """Carry the weights of one module to all replicas of another.
+
+    Args:
+        source: the module that teaches.
+        destinations: the replicas of the module that receives.
+        share: whether shared storage would do (see `sharing.py`).
+        place: the user's line that paired them, for errors.
 
     Example:
         >>> sync = ParameterSync(learner, [policy], share=False)
@@ -61,19 +72,27 @@ class ParameterSync:
     """
 
     def __init__(
-        self, source: BaseModule, destinations: Sequence[BaseModule], *, share: bool
+        self,
+        source: BaseModule,
+        destinations: Sequence[BaseModule],
+        *,
+        share: bool,
+        place: str = "",
     ) -> None:
         self.pair = f"{source.name} -> {destinations[0].name}"
         self._source = source
         self._destinations = destinations
         self._share = share
         self._shared = False
+        self._place = place
+        self._had: list[dict[str, int]] = [{} for _ in destinations]
+        """Digests of every replica's tensors after the sync before."""
 
     def release(self) -> None:
         """Give destinations that share storage their own again."""
         if self._shared:
             for destination in self._destinations:
-                _own_storage(destination)
+                own_storage(destination)
             self._shared = False
 
     @property
@@ -87,101 +106,134 @@ class ParameterSync:
         """Bring every destination to the source's weights, and prove that they arrived.
 
         Raises:
-            SyncError: names or shapes do not match, or a tensor differs after the sync.
+            SyncError: names, shapes or dtypes do not match, or the source holds NaN (before anything is moved); or a
+                tensor differs after the sync.
         """
-        start = time.perf_counter()
-        source = call_hook(self._source, "state_dict")
-        total = 0
-        for destination in self._destinations:
-            if self._shared and not _aliases(source, call_hook(destination, "state_dict")):
-                self._shared = self._share = False  # the source made new tensors: copy from now on
-                _own_storage(destination)
-            if self._share and not self._shared:
-                self._shared = self._try_to_share(source, destination)
-            if not self._shared:
-                self._copy(source, destination)
-            total += self._verify(source, destination)
+        start, proof = time.perf_counter(), Stopwatch()
+        sent = Sent(self._source, self._destinations[0])
+        with proof.running():
+            sent.refuse_nan(self.pair)
+        done: list[_Transfer] = []
+        for number, destination in enumerate(self._destinations):
+            if not self._share_with(sent, destination):
+                done.append(self._copy(sent, destination, number, proof))
             destination.policy_version += 1
+        with proof.running():
+            digest = self._digest(sent)
         return SyncReport(
-            self.pair, len(source), total, time.perf_counter() - start, shared=self._shared
+            self.pair,
+            tensors=len(sent.state),
+            bytes=sum(transfer.bytes for transfer in done),
+            skipped=min((transfer.skipped for transfer in done), default=0),
+            seconds=time.perf_counter() - start,
+            proof_seconds=proof.seconds,
+            shared=self._shared,
+            digest=digest,
+            unproven=tuple(done[0].unproven) if done else (),
         )
 
-    def _copy(self, source: Mapping[str, Any], destination: BaseModule) -> None:
-        if bool(source) != _receives(destination):
-            empty = destination if source else self._source
+    def probe(self) -> ProbeReport | None:
+        """Compare the log-probs that both ends give to the same tokens; None where one of them cannot tell.
+
+        Raises:
+            SyncError: they differ by more than the precision of the two allows.
+        """
+        return probe(self._source, self._destinations, pair=self.pair)
+
+    def _share_with(self, sent: Sent, destination: BaseModule) -> bool:
+        """Let a destination share the source's storage, if that is possible (still)."""
+        state = sent.state
+        if self._shared and not aliases(state, call_hook(destination, "state_dict")):
+            self._shared = self._share = False  # the source made new tensors: copy from now on
+            own_storage(destination)
+        may_begin = self._share and not self._shared and not sent.is_merged
+        if may_begin and are_plain(self._source, destination):
+            self._plan(sent, destination, call_hook(destination, "state_dict"))
+            self._shared = share(state, destination)
+        return self._shared
+
+    def _plan(
+        self, sent: Sent, destination: BaseModule, own: Mapping[str, Any]
+    ) -> Mapping[str, str]:
+        """Return what every name of a plain destination gets."""
+        ties = ties_of(chain(own.items(), named_tensors(destination)))
+        return plan_sync(
+            sent.state,
+            own,
+            pair=self.pair,
+            place=self._place,
+            source_ties=sent.ties,
+            destination_ties=ties,
+        ).origins
+
+    def _copy(
+        self, sent: Sent, destination: BaseModule, number: int, proof: Stopwatch
+    ) -> _Transfer:
+        """Load what a destination has not, and compare all of it with what was sent."""
+        if bool(sent.state) != _receives(destination):
+            empty = destination if sent.state else self._source
             raise SyncError(
                 f"{empty!r} has no parameters to sync",
                 place=self.pair,
                 fix="make self.model in setup(), or override state_dict() and load_state_dict()",
             )
-        keeps = type(destination).load_state_dict is not BaseModule.load_state_dict
+        where = f"{self.pair}, replica {number}" if len(self._destinations) > 1 else self.pair
+        if type(destination).load_state_dict is not BaseModule.load_state_dict:
+            return self._hand_over(sent, destination, number, where, proof)
         own = call_hook(destination, "state_dict")
-        if own and not keeps:  # an overridden one may map names
-            plan_sync(source, own, pair=self.pair)
-        with torch.no_grad():  # a load_state_dict of the user's may keep what it is given
-            call_hook(destination, "load_state_dict", isolate_state(source) if keeps else source)
-
-    def _try_to_share(self, source: Mapping[str, Any], destination: BaseModule) -> bool:
-        """Point the destination's parameters at the source's storage, if both are plain modules alike in all."""
-        plain = all(
-            vars(type(m)).get("shares_weights", False)
-            and type(m).state_dict is BaseModule.state_dict
-            and type(m).load_state_dict is BaseModule.load_state_dict
-            and has_model(m)
-            for m in (self._source, destination)
-        )
-        if not plain:
-            return False
-        target = call_hook(destination, "state_dict")
-        plan_sync(source, target, pair=self.pair)
-        alike = all(
-            isinstance(t, Tensor) and t.dtype == source[n].dtype and t.device == source[n].device
-            for n, t in target.items()
-        )
-        if not alike or destination.model is None:
-            return False
-        for name, parameter in destination.model.named_parameters():
-            if name in source:
-                parameter.data = source[name]
-        for name, buffer in destination.model.named_buffers():
-            if name in source:
-                buffer.set_(source[name])  # pyright: ignore[reportArgumentType]
-        if _aliases(source, call_hook(destination, "state_dict")):
-            return True
-        _own_storage(destination)  # e.g. tied on one side only
-        return False
-
-    def _verify(self, source: Mapping[str, Any], destination: BaseModule) -> int:
+        origins = self._plan(sent, destination, own)
+        had = self._had[number]
+        with proof.running():
+            wanted = {
+                name: (origin, own[name].dtype)
+                for name, origin in origins.items()
+                if name in had and sent.may_skip(origin)
+            }
+            expected = sent.digests_as(wanted)
+        has = {name for name in wanted if expected[name] == had[name]}
+        _load(destination, sent, origins, set(origins) - has)
         arrived = call_hook(destination, "state_dict")
-        moved = 0
-        for name, tensor in arrived.items():
-            if name not in source:
-                continue  # a load_state_dict that maps names; else the plan has refused it
-            sent = source[name]
-            if not isinstance(tensor, Tensor) or not isinstance(sent, Tensor):
-                _verify_plain(name, sent, tensor, self.pair)
-                continue
-            if self._shared:
-                continue  # the very same storage: `run` has looked
-            if not torch.equal(tensor, sent.to(tensor)):
-                is_nan = bool(torch.isnan(sent).any())  # which equals nothing, itself included
-                raise SyncError(
-                    f"tensor {name!r} of the source holds NaN"
-                    if is_nan
-                    else f"tensor {name!r} differs after the sync",
-                    place=self.pair,
-                    fix="look at the last train steps: lower the learning rate, clip gradients"
-                    if is_nan
-                    else "have load_state_dict() copy every tensor it is given",
-                )
-            moved += tensor.numel() * tensor.element_size()
-        return moved
+        with proof.running():  # somebody else may have changed them since
+            found = digests((name, arrived[name]) for name in has)
+        changed = {name for name in has if found[name] != expected[name]}
+        if changed:
+            _load(destination, sent, origins, changed)
+            arrived = call_hook(destination, "state_dict")
+        new = {name: origin for name, origin in origins.items() if name not in has - changed}
+        with proof.running():
+            found |= verify(sent, arrived, new, where=where)
+        self._had[number] = found
+        return _Transfer(_bytes(arrived, new), len(has - changed), [])
+
+    def _hand_over(
+        self, sent: Sent, destination: BaseModule, number: int, where: str, proof: Stopwatch
+    ) -> _Transfer:
+        """Give all of the state to a `load_state_dict` of the user's, which may map names, keep or merge tensors."""
+        with torch.no_grad():
+            call_hook(destination, "load_state_dict", isolate_state(sent.state))
+        arrived = call_hook(destination, "state_dict")
+        origins = {name: name for name in arrived if name in sent.state}
+        with proof.running():
+            self._had[number] = verify(sent, arrived, origins, where=where)
+            unproven = _unproven(sent, arrived)
+        return _Transfer(_bytes(arrived, origins), 0, unproven)
+
+    def _digest(self, sent: Sent) -> str:
+        """Return the total digest of what the first replica has; of all names, or of those that could be compared."""
+        if self._shared:
+            tensors = {name: t for name, t in sent.state.items() if isinstance(t, Tensor)}
+            return total_digest(tensors, digests(tensors.items()))
+        arrived = call_hook(self._destinations[0], "state_dict")
+        return total_digest({name: arrived[name] for name in self._had[0]}, self._had[0])
 
 
-def _receives(module: BaseModule) -> bool:
-    """Tell whether a module can take parameters: it has some, or its own way of loading them."""
-    overridden = type(module).load_state_dict is not BaseModule.load_state_dict
-    return overridden or bool(call_hook(module, "state_dict"))
+@dataclass(frozen=True)
+class _Transfer:
+    """What was done for one replica."""
+
+    bytes: int
+    skipped: int
+    unproven: list[str]
 
 
 def isolate_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,29 +244,45 @@ def isolate_state(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _verify_plain(name: str, sent: object, arrived: object, pair: str) -> None:
-    """Compare plain values of overridden state dicts, as far as they can be compared."""
-    comparable = isinstance(sent, bool | int | float | str | type(None))
-    if type(sent) is not type(arrived) or (comparable and sent != arrived):
-        raise SyncError(
-            f"{name!r} is {arrived!r} after the sync, not {sent!r}",
-            place=pair,
-            fix="have load_state_dict() take over every value it is given",
-        )
+def _receives(module: BaseModule) -> bool:
+    """Tell whether a module can take parameters: it has some, or its own way of loading them."""
+    overridden = type(module).load_state_dict is not BaseModule.load_state_dict
+    return overridden or bool(call_hook(module, "state_dict"))
 
 
-def _aliases(source: Mapping[str, Any], destination: Mapping[str, Any]) -> bool:
-    """Tell whether every tensor of the destination is the source's."""
-    return destination.keys() == source.keys() and all(
-        tensor.data_ptr() == source[name].data_ptr() and tensor.shape == source[name].shape
-        for name, tensor in destination.items()
-    )
+def _load(destination: BaseModule, sent: Sent, origins: Mapping[str, str], names: set[str]) -> None:
+    """Load tensors into a plain destination: those named, or all where its model loads in a way of its own."""
+    if not names:
+        return
+    model = destination.model
+    with torch.no_grad():
+        if (
+            isinstance(model, nn.Module)
+            and type(model).load_state_dict is nn.Module.load_state_dict
+        ):
+            some = {n: sent.state[origin] for n, origin in origins.items() if n in names}
+            model.load_state_dict(some, strict=False)
+        else:
+            whole = {name: sent.state[origin] for name, origin in origins.items()}
+            call_hook(destination, "load_state_dict", whole)
 
 
-def _own_storage(module: BaseModule) -> None:
-    """Give a module that shared another's storage its own again."""
-    if has_model(module):
-        for parameter in module.model.parameters():
-            parameter.data = parameter.data.clone()
-        for buffer in module.model.buffers():
-            buffer.set_(buffer.clone())  # pyright: ignore[reportArgumentType]
+def _bytes(arrived: Mapping[str, Any], names: Mapping[str, str]) -> int:
+    tensors = (arrived[name] for name in names)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _unproven(sent: Sent, arrived: Mapping[str, Any]) -> list[str]:
+    """Return tensors that are none of those sent, under whatever name."""
+    unproven: list[str] = []
+    others = {n: t for n, t in arrived.items() if n not in sent.state and isinstance(t, Tensor)}
+    for name, number in digests(others.items()).items():
+        own = others[name]
+        alike = {
+            origin: (origin, own.dtype)
+            for origin, tensor in sent.state.items()
+            if isinstance(tensor, Tensor) and tensor.shape == own.shape
+        }
+        if number not in sent.digests_as(alike).values():
+            unproven.append(name)
+    return unproven
