@@ -216,6 +216,11 @@ def active() -> Config:
     return _session.config or init()
 
 
+def given_on_command_line() -> tuple[Path | None, tuple[str, ...]]:
+    """Return the recipe and the overrides that the command line brought."""
+    return _session.recipe, _session.overrides
+
+
 @contextmanager
 def command_line(overrides: Sequence[str] = (), recipe: Path | None = None) -> Generator[None]:
     """Within the block, every `init` ends with `overrides`, and a bare one reads `recipe`."""
