@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from chatlearn.engine import Engine
     from chatlearn.errors import ChatLearnError, ConfigError, FlowError, ModuleError
     from chatlearn.executors import Environment, Evaluator, Trainer
+    from chatlearn.flow.declaration import declares
     from chatlearn.flow.trace import ControlDependencies
     from chatlearn.module import BaseModule
     from chatlearn.presets import DPOEngine, EvalEngine, GRPOEngine, OnlineDPOEngine, RLHFEngine
@@ -38,6 +39,7 @@ __all__ = [
     "RLHFEngine",
     "Trainer",
     "__version__",
+    "declares",
     "init",
 ]
 
@@ -58,6 +60,7 @@ _HOME = {
     "OnlineDPOEngine": "chatlearn.presets",
     "RLHFEngine": "chatlearn.presets",
     "Trainer": "chatlearn.executors",
+    "declares": "chatlearn.flow.declaration",
     "init": "chatlearn.config",
 }
 

@@ -64,19 +64,35 @@ def run(context: typer.Context, target: Target, overrides: Overrides = None) -> 
 
 
 @app.command()
-def check(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
+def check(
+    context: typer.Context,
+    target: Target,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings, too.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Call steps that declare no columns once, on made-up samples; side effects happen.",
+        ),
+    ] = False,
+) -> None:
     """Trace the flows and validate everything, without loading weights."""
     with _command(target, overrides) as script:
-        program: Program = _inspect(script, context.obj or (), _check)
+        program: Program = _inspect(script, context.obj or (), _dry_run if dry_run else _check)
         out = _console()
         for name, graph in program.graphs.items():
             calls = " -> ".join(node.name for node in graph.nodes)
             out.print(f"{name}: {calls}", markup=False, highlight=False, soft_wrap=True)
+        for warning in program.warnings:
+            _print_finding("warning", "yellow", str(warning))
         _stop_at(program.problems)
         if program.data_owner is not None:  # evaluation alone has no episodes
             typer.echo(program.run_plan().describe())
         for note in program.notes:
             out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        if program.warnings and strict:
+            raise typer.Exit(1)
         out.print("everything fits together", style="green")
 
 
@@ -208,6 +224,10 @@ def _check(subject: Any) -> Program:
     return subject.check()
 
 
+def _dry_run(subject: Any) -> Program:
+    return subject.check(dry_run=True)
+
+
 def _evaluate(subject: Any) -> tuple[Mapping[str, Sequence[Mapping[str, Any]]], dict[str, float]]:
     """Evaluate with the modules as `setup()` makes them; return the results and what was measured."""
     from chatlearn.config import active
@@ -268,11 +288,16 @@ def _fail_with_traceback(error: Exception, script: Path) -> NoReturn:
 
 
 def _print_error(error: ChatLearnError) -> None:
+    _print_finding("error", "red", str(error))
+
+
+def _print_finding(kind: str, colour: str, text: str) -> None:
     from rich.text import Text
 
-    lines = str(error).splitlines()
-    text = Text.assemble(("error: ", "bold red"), (lines[0], "red"), *(f"\n{x}" for x in lines[1:]))
-    _console(stderr=True).print(text, soft_wrap=True)
+    lines = text.splitlines()
+    first = ((f"{kind}: ", f"bold {colour}"), (lines[0], colour))
+    found = Text.assemble(*first, *(f"\n{line}" for line in lines[1:]))
+    _console(stderr=True).print(found, soft_wrap=True)
 
 
 def _stop_at(problems: Sequence[ChatLearnError]) -> None:

@@ -28,6 +28,32 @@ class Column:
     shape: str
     meaning: str
 
+    @property
+    def kind(self) -> str:
+        """Return which of `KINDS` the column may be, as the flow checker compares them: `"number | floats"`."""
+        found: list[str] = []
+        for dtype in self.dtype.split(" | "):
+            if dtype in _PLAIN_KINDS:
+                found.append(_PLAIN_KINDS[dtype])
+                continue
+            if "[B]" in self.shape:
+                found.append("number")
+            if "ragged" in self.shape:
+                found.append(_RAGGED_KINDS[dtype])
+        return " | ".join(found)
+
+
+KINDS: Final[dict[str, str]] = {
+    "text": "a string per sample",
+    "messages": "chat messages per sample: dicts with role and content",
+    "number": "one number per sample",
+    "tokens": "whole numbers per sample, as many as it has tokens",
+    "floats": "numbers per sample, as many as it has tokens",
+    "flags": "true or false per token of the sample",
+}
+"""What a column may hold, as modules declare it."""
+_PLAIN_KINDS = {"str": "text", "list[dict]": "messages"}
+_RAGGED_KINDS = {"int64": "tokens", "float32": "floats", "bool": "flags"}
 
 UID: Final = "uid"
 PROMPT_UID: Final = "prompt_uid"
@@ -80,3 +106,26 @@ COLUMNS: Final[dict[str, Column]] = {
         Column(VALUES, "float32", "ragged [T_i]", "the value model's estimates"),
     )
 }
+
+_SAMPLED = (
+    *(PROMPT_IDS, RESPONSE_IDS, COMPLETION, FINISH_REASON),
+    *(TEMPERATURE, POLICY_VERSION, ROLLOUT_LOGPROBS),
+)
+MAKERS: Final[dict[str, str]] = {
+    **dict.fromkeys(_SAMPLED, "PolicyInference.forward_step"),
+    OLD_LOGPROBS: "PolicyTrainer.forward_step",
+    REF_LOGPROBS: "PolicyReference.forward_step",
+    REWARDS: "FunctionReward.forward_step",
+    ADVANTAGES: "GroupAdvantage.forward_step",
+}
+"""Which step of ours usually makes a column."""
+
+
+def kinds_of(*names: str) -> dict[str, str]:
+    """Return the kind of each of these columns, to be declared as what a step reads or writes.
+
+    Example:
+        >>> kinds_of("prompt", "advantages")
+        {'prompt': 'text | messages', 'advantages': 'number | floats'}
+    """
+    return {name: COLUMNS[name].kind for name in names}

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from chatlearn.arithmetic import check_updates
+from chatlearn.column_checks import check_columns, follow
+from chatlearn.column_warnings import warn_of_columns
 from chatlearn.config import Config
 from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowError, OutputError
@@ -28,8 +31,13 @@ def compile_program(
     evaluator: Executor | None,
     sync_pairs: Sequence[SyncPair] = (),
     replay_sampler: ReplaySampler | None = None,
+    *,
+    dry_run: bool = False,
 ) -> Program:
-    """Trace and validate flows; what is wrong stands in `problems`, all of it at once."""
+    """Trace and validate flows; what is wrong stands in `problems`, all of it at once.
+
+    With `dry_run`, steps that declare no columns are called once on made-up samples, to learn theirs.
+    """
     program = Program(config, environment, trainer, evaluator, sync_pairs, replay_sampler)
     for check in (
         _trace,
@@ -38,6 +46,7 @@ def compile_program(
         check_syncs,
         check_data,
         check_replay,
+        partial(_check_columns, dry_run=dry_run),
         _check_places,
         _check_arithmetic,
     ):
@@ -87,6 +96,20 @@ def _check_modules(program: Program) -> None:
 
 def _count_executors(program: Program) -> int:
     return sum(e is not None for e in (program.environment, program.trainer, program.evaluator))
+
+
+def _check_columns(program: Program, *, dry_run: bool) -> None:
+    """Find missing and mistyped columns, and what is made in vain."""
+    learned = None
+    if dry_run:
+        from chatlearn.dry_run import try_steps
+
+        trial = try_steps(program)
+        program.notes += trial.notes
+        learned = trial.learned
+    flows = follow(program, learned)
+    check_columns(program, flows)
+    warn_of_columns(program, flows)
 
 
 def _check_backend(program: Program) -> None:

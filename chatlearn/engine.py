@@ -82,8 +82,13 @@ class Engine:
             )
         return self.evaluator.eval()
 
-    def check(self) -> Program:
-        """Trace and validate everything without setting modules up; see `Program.problems`."""
+    def check(self, *, dry_run: bool = False) -> Program:
+        """Trace and validate everything without setting modules up; see `Program.problems` and `.warnings`.
+
+        Args:
+            dry_run: whether to call steps that declare no columns once, on copies of their modules and made-up
+                samples, to learn which they read and write; their side effects happen.
+        """
         return compile_program(
             active(),
             self.environment,
@@ -91,6 +96,7 @@ class Engine:
             self.evaluator,
             self._sync_pairs,
             self._replay_sampler,
+            dry_run=dry_run,
         )
 
     def set_dataset(self, dataset: Source) -> Self:

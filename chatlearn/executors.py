@@ -197,6 +197,8 @@ class Evaluator(Executor):
         prompts = sum(map(len, self._datasets(stage, graph).values()))
         samples = prompts * runtime.eval_num_inference_per_prompt
         with EvaluationProgress(samples, len(graph.nodes)) as display:
+            for warning in program.warnings:
+                display.note(f"warning: {warning}")
             if lost:
                 display.note(
                     f"{', '.join(lost)}: measured with the weights that setup() makes; what a parameter sync "
@@ -311,9 +313,13 @@ class Evaluator(Executor):
             else []
         )
 
-    def check(self) -> Program:
-        """Trace and validate the flow, its modules and its dataset without setting anything up."""
-        return compile_program(active(), None, None, self)
+    def check(self, *, dry_run: bool = False) -> Program:
+        """Trace and validate the flow, its modules and its dataset without setting anything up.
+
+        Args:
+            dry_run: as `Engine.check` takes it.
+        """
+        return compile_program(active(), None, None, self, dry_run=dry_run)
 
     def stop(self) -> None:
         """Release the modules that `eval()` set up; safe to call twice."""

@@ -23,6 +23,8 @@ from chatlearn.tracing import ACTIVE_TRACER, traceable, traceable_static
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from chatlearn.flow.declaration import Declaration
+
 BatchBy = Literal["sample", "group", "episode"]
 
 
@@ -84,7 +86,8 @@ class BaseModule:
     """The columns that steps add or replace; a name stands for its parts, too (`rewards` for `rewards/<function>`).
     Needed by modules with a `namespace`: these columns leave as `<namespace>/<column>`."""
     reads: ClassVar[Collection[str] | None] = None
-    """The columns that steps cannot do without, for the flow checker; None says nothing. A mapping gives kinds."""
+    """The columns that steps cannot do without, for the flow checker; None says nothing. A mapping of either gives
+    kinds (`chatlearn.columns.KINDS`). `@declares` says it of one method, `describe_columns` where it depends."""
     shares_weights: ClassVar[bool] = False
     """Whether a sync within one process may let this class share storage instead of copying: as a source it changes
     its weights in train steps only, as a destination never. Subclasses do not inherit it; they declare it anew."""
@@ -189,6 +192,13 @@ class BaseModule:
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Take over what `training_state()` returned."""
+
+    def describe_columns(self, method: str) -> Declaration | None:
+        """Return what the step `method` reads and writes, where that depends on the configuration.
+
+        Called before `setup()`, once per call in a flow. None says that the class attributes hold.
+        """
+        return None
 
     def describe_parameters(self) -> Mapping[str, Tensor] | None:
         """Return what `state_dict()` will hold, as tensors without data (device `meta`), before `setup()` has run.

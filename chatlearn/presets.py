@@ -275,9 +275,9 @@ class EvalEngine:
         """Evaluate now and return `{model_name: [batch, ...]}`."""
         return self.evaluator.eval()
 
-    def check(self) -> Program:
-        """Trace and validate everything without setting modules up."""
-        return self.evaluator.check()
+    def check(self, *, dry_run: bool = False) -> Program:
+        """Trace and validate everything without setting modules up; `dry_run` as `Engine.check` takes it."""
+        return self.evaluator.check(dry_run=dry_run)
 
     def stop(self) -> None:
         """Release the modules; safe to call twice."""

@@ -50,6 +50,18 @@ class SyncPair:
         return f"{self.source.name} -> {self.destination.name}"
 
 
+@dataclass(frozen=True)
+class FlowWarning:
+    """What will run, and is very likely not meant: work that is lost, weights that never arrive."""
+
+    cause: str
+    place: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n  at: {self.place}\n  fix: {self.fix}"
+
+
 @dataclass
 class Program:
     """The flows of an engine as graphs, with everything that was found wrong with them."""
@@ -64,8 +76,15 @@ class Program:
     graphs: dict[str, FlowGraph] = field(default_factory=dict[str, FlowGraph])
     modules: list[BaseModule] = field(default_factory=list[BaseModule])
     problems: list[ChatLearnError] = field(default_factory=list[ChatLearnError])
+    warnings: list[FlowWarning] = field(default_factory=list[FlowWarning])
+    """What will run, and is very likely not meant."""
     notes: list[str] = field(default_factory=list[str])
     """What is no mistake, but may surprise."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is said when a run starts: the warnings, then the notes."""
+        return [*(f"warning: {warning}" for warning in self.warnings), *self.notes]
 
     @property
     def data_owner(self) -> Executor | None:

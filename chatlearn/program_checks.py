@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
-from chatlearn.columns import PROMPT
 from chatlearn.data.prompts import Rows
+from chatlearn.data.row_columns import row_columns
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import (
     ChatLearnError,
@@ -63,7 +62,8 @@ def _check_columns(program: Program, owner: Executor, rows: Sequence[Rows]) -> N
     first = program.first_module
     if first is None or type(first).build_dataset is not BaseModule.build_dataset:
         return
-    known = [(number, columns) for number, r in enumerate(rows) if (columns := _columns(r))]
+    shown = [(number, row_columns(r)) for number, r in enumerate(rows)]
+    known = [(number, set(columns)) for number, columns in shown if columns]
     for number, columns in known[1:]:
         number_0, columns_0 = known[0]
         if differing := columns ^ columns_0:
@@ -83,17 +83,6 @@ def _which(one: str, only_one: set[str], other: str, only_other: set[str]) -> st
         for name, columns in parts
         if columns
     )
-
-
-def _columns(rows: Rows) -> set[str] | None:
-    """Tell the columns that rows show at once; None of a dataset that makes its items when they are asked for."""
-    names: Any = getattr(rows, "column_names", None)
-    if isinstance(names, list):
-        return {str(name) for name in cast("list[Any]", names)}
-    if not isinstance(rows, list | tuple):
-        return None
-    first = cast("Sequence[Any]", rows)[0]
-    return set(map(str, cast("dict[Any, Any]", first))) if isinstance(first, dict) else {PROMPT}
 
 
 def check_replay(program: Program) -> None:

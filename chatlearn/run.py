@@ -127,7 +127,7 @@ class Run:
             self._replay,
             lambda: self._interruption.requested,
         )
-        notes = list(self.program.notes)
+        notes = self.program.remarks
         if self._resume_from is not None:
             self.state, surprises = self._checkpointing.resume(
                 self._resume_from, self._sampler, self._datasets, self._replay

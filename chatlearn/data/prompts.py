@@ -205,7 +205,7 @@ def _check_in_memory(rows: Rows, what: str) -> None:
     """Refuse what no module could use, without making the items of a dataset that makes them when asked."""
     if isinstance(rows, list | tuple):
         _check_sequence(cast("Sequence[Any]", rows), what)
-    elif _is_hugging_face(rows):
+    elif is_hugging_face(rows):
         for number, prompt in _prompts_missing(rows):
             _refuse_missing(prompt, f"{what}, row {number}")
 
@@ -230,7 +230,8 @@ def _refuse_missing(prompt: Any, place: str) -> None:
         raise _bad_prompt("is None" if prompt is None else "is empty text", place)
 
 
-def _is_hugging_face(rows: Any) -> bool:
+def is_hugging_face(rows: Any) -> bool:
+    """Tell whether rows are a `datasets.Dataset`, without importing that library."""
     datasets = sys.modules.get("datasets")  # who has such a dataset has imported it
     return datasets is not None and isinstance(rows, datasets.Dataset)
 

@@ -44,7 +44,7 @@ def enter(batch: Batch, namespace: str, writes: Collection[str]) -> Batch:
         {'rewards': [1.0], '../rewards': [0.0], 'answer': ['4']}
     """
     seen: Batch = {}
-    for inside, outside in _doors(batch, namespace, writes).items():
+    for inside, outside in doors(batch, namespace, writes).items():
         # A column that is there under no such name outside is the copy of a plain one that may be overwritten.
         seen[inside] = (
             batch[outside] if outside in batch else isolate({inside: batch[inside]})[inside]
@@ -70,10 +70,10 @@ def leave(
         >>> leave({"rewards": [1.0], "../rewards": [0.0]}, ["solver/rewards", "rewards"], "solver", ())
         {'solver/rewards': [1.0], 'rewards': [0.0]}
     """
-    doors = _doors(entered, namespace, writes)
+    names = doors(entered, namespace, writes)
     left: dict[Any, Any] = {}
     for name, column in output.items():
-        outside = doors.get(name)
+        outside = names.get(name)
         if outside is None and isinstance(name, str):
             if not _covers(writes, name):
                 raise _undeclared(name, namespace, writes)
@@ -82,21 +82,27 @@ def leave(
     return left
 
 
-def _doors(names: Iterable[str], namespace: str, writes: Collection[str]) -> dict[str, str]:
-    """Pair the name of each column inside with the one outside, where it leaves; no two of either are equal."""
+def doors(names: Iterable[str], namespace: str, writes: Collection[str]) -> dict[str, str]:
+    """Pair the name of each column inside with the one outside, where it leaves; no two of either are equal.
+
+    Args:
+        names: of the columns outside.
+        namespace: the module's.
+        writes: the columns that its class declares.
+    """
     names = list(names)
     own = own_columns(names, namespace)
-    doors: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for name in names:
         if (inside := name.removeprefix(f"{namespace}/")) != name and inside in own:
-            doors[inside] = name
+            pairs[inside] = name
         elif name in SHARED or not (name in own or name.startswith(OUTER) or _covers(writes, name)):
-            doors[name] = name
+            pairs[name] = name
         else:
-            doors[OUTER + name] = name
+            pairs[OUTER + name] = name
             if name in writes and name not in own and not name.startswith(OUTER):
-                doors[name] = f"{namespace}/{name}"
-    return doors
+                pairs[name] = f"{namespace}/{name}"
+    return pairs
 
 
 def _covers(writes: Collection[str], name: str) -> bool:

@@ -10,6 +10,7 @@ from pydantic import Field
 from chatlearn import columns
 from chatlearn.config import ModuleConfig
 from chatlearn.errors import BatchError, RewardError
+from chatlearn.flow.declaration import declares
 from chatlearn.module import BaseModule, BatchBy
 
 
@@ -42,6 +43,12 @@ class GroupAdvantage(BaseModule):
     batch_by: ClassVar[BatchBy] = "group"
     writes = frozenset({columns.ADVANTAGES})
 
+    @declares(
+        reads={**columns.kinds_of(columns.REWARDS), columns.PROMPT_UID: "any"},
+        optional={columns.UID},
+        writes=columns.kinds_of(columns.ADVANTAGES),
+        passes_on=True,
+    )
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Add the `advantages` column.
 

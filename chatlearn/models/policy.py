@@ -12,6 +12,7 @@ from pydantic import Field
 from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError, DataError
+from chatlearn.flow.declaration import Declaration, Need
 from chatlearn.module import BaseModule, state_of
 from chatlearn.rollout.base import Completion, PromptRequest, SamplingParams
 from chatlearn.training.description import described
@@ -42,16 +43,14 @@ class PolicyInference(BaseModule):
     """
 
     shares_weights = True  # never changes its weights
-    writes = frozenset(
-        {
-            columns.PROMPT_IDS,
-            columns.RESPONSE_IDS,
-            columns.ROLLOUT_LOGPROBS,
-            columns.COMPLETION,
-            columns.FINISH_REASON,
-            columns.TEMPERATURE,
-            columns.POLICY_VERSION,
-        }
+    writes = columns.kinds_of(
+        columns.PROMPT_IDS,
+        columns.RESPONSE_IDS,
+        columns.ROLLOUT_LOGPROBS,
+        columns.COMPLETION,
+        columns.FINISH_REASON,
+        columns.TEMPERATURE,
+        columns.POLICY_VERSION,
     )
 
     class Config(ModuleConfig):
@@ -106,6 +105,17 @@ class PolicyInference(BaseModule):
         """Return what is wrong with the model's and the tokenizer's source."""
         return check_source(
             self.config.model, self.config.tokenizer, place=f"models.{self.name}.model"
+        )
+
+    def describe_columns(self, method: str) -> Declaration | None:
+        """Return what both steps read and write: they differ in settings alone."""
+        if method not in ("forward_step", "eval_step"):
+            return None
+        return Declaration.of(
+            reads={columns.UID},
+            needs=[Need.of(columns.kinds_of(columns.PROMPT, columns.PROMPT_IDS))],
+            writes=PolicyInference.writes,
+            passes_on=True,
         )
 
     def setup(self) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError, ConfigError
+from chatlearn.flow.declaration import Declaration, Need
 from chatlearn.module import BaseModule
 from chatlearn.training.description import described
 from chatlearn.training.loading import (
@@ -146,6 +147,33 @@ class PolicyTrainer(BaseModule):
             self.config.model,
             self.config.tokenizer or object(),
             place=f"models.{self.name}.model",
+        )
+
+    def describe_columns(self, method: str) -> Declaration | None:
+        """Return what a train step needs, and what `forward_step` adds for it."""
+        sampled = columns.kinds_of(columns.PROMPT_IDS, columns.RESPONSE_IDS)
+        if method == "forward_step":
+            return Declaration.of(
+                reads=sampled,
+                optional=columns.kinds_of(columns.TEMPERATURE),
+                writes=columns.kinds_of(columns.OLD_LOGPROBS),
+                passes_on=True,
+                cost="a forward pass over every sample",
+            )
+        if method != "train_step":
+            return None
+        needs = [Need.of(columns.kinds_of(columns.ROLLOUT_LOGPROBS, columns.OLD_LOGPROBS))]
+        has_kl = self.config.kl_coef > 0
+        if has_kl:
+            reference = columns.kinds_of(columns.REF_LOGPROBS)
+            needs.append(Need.of(reference, because="kl_coef > 0", instead="set kl_coef to 0"))
+        return Declaration.of(
+            reads=sampled | columns.kinds_of(columns.ADVANTAGES),
+            needs=needs,
+            optional=columns.kinds_of(columns.LOSS_MASK, columns.TEMPERATURE, columns.UID)
+            | columns.kinds_of(columns.POLICY_VERSION),
+            writes=(),
+            would_read={} if has_kl else {columns.REF_LOGPROBS: "kl_coef above 0"},
         )
 
     def setup(self) -> None:

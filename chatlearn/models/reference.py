@@ -11,6 +11,7 @@ from pydantic import Field
 from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError
+from chatlearn.flow.declaration import Declaration
 from chatlearn.module import BaseModule
 from chatlearn.training.description import described
 from chatlearn.training.loading import (
@@ -64,6 +65,18 @@ class PolicyReference(BaseModule):
         # No tokenizer is needed: samples arrive as token ids. Any object stands for "there is one".
         return check_source(
             self.config.model, tokenizer=object(), place=f"models.{self.name}.model"
+        )
+
+    def describe_columns(self, method: str) -> Declaration | None:
+        """Return what both steps read and write."""
+        if method not in ("forward_step", "eval_step"):
+            return None
+        return Declaration.of(
+            reads=columns.kinds_of(columns.PROMPT_IDS, columns.RESPONSE_IDS),
+            optional=columns.kinds_of(columns.TEMPERATURE),
+            writes=columns.kinds_of(columns.REF_LOGPROBS),
+            passes_on=True,
+            cost="a forward pass over every sample",
         )
 
     def setup(self) -> None:

@@ -9,8 +9,9 @@ from typing import Any, cast
 from chatlearn import columns
 from chatlearn.config import ModuleConfig
 from chatlearn.errors import BatchError, ChatLearnError, ConfigError
+from chatlearn.flow.declaration import Declaration, Need
 from chatlearn.module import BaseModule
-from chatlearn.rewards.function import ScoreFunction, Scorer, function_name
+from chatlearn.rewards.function import ScoreFunction, Scorer, function_name, parameter_names
 
 
 class FunctionReward(BaseModule):
@@ -69,6 +70,32 @@ class FunctionReward(BaseModule):
             return [error]
         return []
 
+    def describe_columns(self, method: str) -> Declaration | None:
+        """Return what the functions' parameters ask for, and the columns that hold what they return."""
+        if method not in ("forward_step", "eval_step"):
+            return None
+        asked = [(scorer, asked) for scorer in self._scorers for asked in scorer.asks_for()]
+        parts = {f"{columns.REWARDS}/{scorer.name}": "number" for scorer in self._scorers}
+        return Declaration.of(
+            needs=[
+                Need.of({columns.COMPLETION: "any"}, others=_is_completion),
+                *(
+                    Need.of(
+                        dict.fromkeys(one.columns, "any"),
+                        others=one.fits,
+                        reader=scorer.described,
+                        spelled=parameter_names,
+                    )
+                    for scorer, one in asked
+                    if not one.is_optional
+                ),
+            ],
+            optional={name for _, one in asked if one.is_optional for name in one.columns},
+            reads_all=any(scorer.takes_all for scorer in self._scorers),
+            writes=columns.kinds_of(columns.REWARDS) | parts,
+            passes_on=True,
+        )
+
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Add `rewards`, float32 `[B]`, and one column per function; log their means.
 
@@ -85,7 +112,7 @@ class FunctionReward(BaseModule):
     def _score(self, data: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        texts = [name for name in data if name.split("/")[-1] == columns.COMPLETION]
+        texts = [name for name in data if _is_completion(name)]
         if not texts:  # a judge of several policies may have theirs only, each in its namespace
             raise BatchError(
                 f"column {columns.COMPLETION!r} is missing; there are {sorted(data)}",
@@ -143,3 +170,8 @@ class FunctionReward(BaseModule):
                 place=place,
                 fix='pass a dict that names them: {"exact": f, "brief": g}',
             )
+
+
+def _is_completion(name: str) -> bool:
+    """Tell whether a column holds responses as text, of any namespace."""
+    return name.rsplit("/", maxsplit=1)[-1] == columns.COMPLETION

@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from chatlearn import columns
@@ -24,14 +25,14 @@ _PLURAL = {column: parameter for parameter, column in PARAMETERS.items()}
 
 
 def parameter_names(column: str) -> list[str]:
-    """Return the parameter names that ask for a column with characters which no parameter can have.
+    """Return the names of parameters that ask for a column.
 
     Example:
-        >>> parameter_names("solver/completion")
-        ['solver_completion', 'solver_completions']
+        >>> parameter_names("completion"), parameter_names("solver/completion")
+        (['completion', 'completions'], ['solver_completion', 'solver_completions'])
     """
     if column.isidentifier():
-        return []
+        return [column, _PLURAL[column]] if column in _PLURAL else [column]
     start, slash, last = column.rpartition("/")
     spelled = [column, f"{start}{slash}{_PLURAL[last]}"] if last in _PLURAL else [column]
     return [re.sub(r"\W+", "_", name.replace("../", "outer_")) for name in spelled]
@@ -45,6 +46,24 @@ def function_name(function: ScoreFunction) -> str:
     while hasattr(inner, "func"):
         inner = cast("Any", inner).func
     return getattr(inner, "__name__", type(inner).__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One parameter of a reward function: the column that it asks for."""
+
+    parameter: str
+    is_optional: bool
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that go before all others: of the parameter's own name, or that it stands for."""
+        alias = PARAMETERS.get(self.parameter, self.parameter)
+        return tuple(dict.fromkeys((self.parameter, alias)))
+
+    def fits(self, column: str) -> bool:
+        """Tell whether a column is asked for."""
+        return self.parameter in parameter_names(column)
 
 
 class Scorer:
@@ -64,6 +83,30 @@ class Scorer:
     def __init__(self, name: str, function: ScoreFunction) -> None:
         self.name = name
         self.function = function
+
+    @property
+    def described(self) -> str:
+        """The function, and where it stands."""
+        return f"reward function {self.name!r} ({self._place()})"
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether the function gets every column."""
+        kinds = [parameter.kind for parameter in self._signature().parameters.values()]
+        return inspect.Parameter.VAR_KEYWORD in kinds
+
+    def asks_for(self) -> list[Asked]:
+        """Return the columns that the function's parameters ask for.
+
+        Raises:
+            RewardError: its parameters cannot be read.
+        """
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return [
+            Asked(parameter.name, parameter.default is not parameter.empty)
+            for parameter in self._signature().parameters.values()
+            if parameter.kind not in variadic
+        ]
 
     def __call__(self, data: Mapping[str, Any]) -> list[float]:
         """Score a batch of columns.
@@ -117,10 +160,10 @@ class Scorer:
 
     def _column(self, parameter: str, data: Mapping[str, Any]) -> str | None:
         """Return the column that a parameter asks for; None if there is none."""
-        plain = (parameter, PARAMETERS.get(parameter, parameter))
-        if found := next((name for name in plain if name in data), None):
+        asked = Asked(parameter, is_optional=False)
+        if found := next((name for name in asked.columns if name in data), None):
             return found
-        spelled = [name for name in data if parameter in parameter_names(name)]
+        spelled = [name for name in data if asked.fits(name)]
         if len(spelled) > 1:
             raise RewardError(
                 f"reward function {self.name!r} asks for {parameter!r}, which may be any of {spelled}",
@@ -140,9 +183,8 @@ class Scorer:
             ) from None
 
     def _unknown_parameter(self, parameter: str, data: Mapping[str, Any]) -> RewardError:
-        aliases = {p for p, column in PARAMETERS.items() if column in data}
-        available = sorted(aliases.union(*([name, *parameter_names(name)] for name in data)))
-        available = [name for name in available if name.isidentifier()]
+        names = {spelled for name in data for spelled in parameter_names(name)}
+        available = sorted(name for name in names if name.isidentifier())
         return RewardError(
             f"reward function {self.name!r} asks for {parameter!r}, which is no column",
             place=self._place(),

@@ -17,15 +17,6 @@ from chatlearn.errors import BatchError
 
 Batch = Mapping[str, Any]
 
-_MAKERS = {
-    columns.PROMPT_IDS: "PolicyInference.forward_step",
-    columns.RESPONSE_IDS: "PolicyInference.forward_step",
-    columns.ROLLOUT_LOGPROBS: "PolicyInference.forward_step",
-    columns.OLD_LOGPROBS: "PolicyTrainer.forward_step",
-    columns.REF_LOGPROBS: "PolicyReference.forward_step",
-    columns.ADVANTAGES: "GroupAdvantage.forward_step",
-}
-
 
 @dataclass(frozen=True)
 class TrainSamples:
@@ -232,7 +223,7 @@ class _Columns:
             )
 
     def _missing(self, name: str, batch: Batch) -> BatchError:
-        maker = _MAKERS.get(name, "another module")
+        maker = columns.MAKERS.get(name, "another module")
         reason = " (needed because kl_coef > 0)" if name == columns.REF_LOGPROBS else ""
         return BatchError(
             f"column {name!r} is missing{reason}; there are {sorted(batch)}",

@@ -38,6 +38,7 @@ PUBLIC = {
     "ModuleError",
     "Trainer",
     "__version__",
+    "declares",
     "init",
 }
 LIGHT = {"ChatLearnError", "Config", "ConfigError", "FlowError", "ModuleError", "init"}

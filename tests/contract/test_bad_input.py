@@ -111,9 +111,8 @@ def test_a_prompt_longer_than_the_limit(tmp_path):
         (lambda completions: [1.0, None] * 4, "None"),
         (lambda completions: None, "None"),
         (lambda completions: ["good"] * 8, "good"),
-        (lambda completions, solution: [1.0] * 8, "solution"),
     ],
-    ids=["count", "nan", "none", "nothing", "text", "unknown column"],
+    ids=["count", "nan", "none", "nothing", "text"],
 )
 def test_a_reward_that_gives_no_usable_reward(tmp_path, reward, match):
     init(tmp_path)
@@ -123,6 +122,15 @@ def test_a_reward_that_gives_no_usable_reward(tmp_path, reward, match):
     text = message_of(caught)
     assert "module: reward" in text
     assert "lambda" in text
+
+
+def test_a_reward_that_asks_for_an_unknown_column_is_refused_before_setup(tmp_path):
+    init(tmp_path)
+    with pytest.raises(FlowError, match=r"asks for 'solution'.*'answer'") as caught:
+        grpo(
+            lambda completions, solution: [1.0] * 8, policy=Loud("policy", model=tiny_pair)
+        ).learn()
+    assert "lambda" in message_of(caught)
 
 
 def test_a_reward_that_raises_keeps_its_own_traceback(tmp_path):
@@ -257,7 +265,7 @@ def test_a_row_that_the_policy_cannot_use_is_found_before_anything_is_sampled(tm
 
 def test_a_missing_prompt_column_is_named_with_what_there_is(tmp_path):
     init(tmp_path)
-    with pytest.raises(ModuleError, match=r"no column 'prompt', only \['answer', 'promt'\]"):
+    with pytest.raises(FlowError, match=r"reads 'prompt' or 'prompt_ids', .* 'promt'"):
         grpo(data=[{"promt": "1+1=", "answer": "2"}]).learn()
 
 

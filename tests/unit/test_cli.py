@@ -36,7 +36,7 @@ class StandIn:
         )
         return SimpleNamespace(
             graphs={"env_flow": FlowGraph("env_flow", nodes, (len(nodes) - 1,))},
-            modules=self.modules, data_owner=None, problems=self.problems, notes=['a note'])
+            modules=self.modules, data_owner=None, problems=self.problems, warnings=[], notes=['a note'])
     def learn(self):
         intercept(self)
         print("learning", active().runtime.num_episode, active().runtime.seed)

@@ -302,14 +302,15 @@ def lengths(completions: list[str]) -> list[int]:
 @pytest.mark.parametrize(
     ("column", "parameters"),
     [
-        ("answer", []),
+        ("answer", ["answer"]),
+        ("prompt", ["prompt", "prompts"]),
         ("solver/rewards", ["solver_rewards"]),
         ("solver/completion", ["solver_completion", "solver_completions"]),
         ("judge-1/rewards/exact", ["judge_1_rewards_exact"]),
         ("../rewards", ["outer_rewards"]),
     ],
 )
-def test_parameters_of_columns_that_are_no_names(column: str, parameters: list[str]) -> None:
+def test_the_parameters_that_ask_for_a_column(column: str, parameters: list[str]) -> None:
     assert parameter_names(column) == parameters
 
 

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a program does in vain, as far as its columns show it: outputs and columns that nobody reads, idle syncs.
+
+All of it would run, so these are warnings. What a module without declarations reads is not known: it reads everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from chatlearn.column_checks import Followed
+from chatlearn.columns import ROLLOUT_LOGPROBS
+from chatlearn.flow.column_flow import NodeColumns, Origin, returned
+from chatlearn.module import BaseModule, has_model
+from chatlearn.program import FlowWarning, Program
+
+_Key = tuple[str, int, str]
+
+
+def warn_of_columns(program: Program, flows: Sequence[Followed]) -> None:
+    """Name outputs that nobody takes, columns that nobody reads at a cost, work that is replaced, idle policies."""
+    used, everyone = _used(program, flows), [node for flow in flows for node in flow.nodes]
+    seen: set[str] = set()
+    for flow in flows:
+        if flow.graph.name in seen:  # an evaluation flow on a further dataset
+            continue
+        seen.add(flow.graph.name)
+        for node in flow.nodes:
+            program.warnings += _warnings(flow, node, used, everyone)
+    program.warnings += _never_synced(program, flows)
+
+
+def _used(program: Program, flows: Sequence[Followed]) -> set[_Key]:
+    """Return the columns that some step, or whoever gets what a flow returns, may read."""
+    used: set[_Key] = set()
+    for flow in flows:
+        for node in flow.nodes:
+            reads = node.reads()
+            used |= _keys(_all(node) if reads is None else reads)
+        # What the trainer flow is fed with is read, or not, by its nodes; all else goes to the user.
+        is_fed_on = flow.graph.name == "env_flow" and "trainer_flow" in program.graphs
+        if not is_fed_on or program.replay_sampler is not None:
+            results = returned(flow.graph, flow.nodes)
+            used |= _keys(origin for origins in results.origins.values() for origin in origins)
+    return used
+
+
+def _all(node: NodeColumns) -> Iterator[Origin]:
+    return (origin for origins in node.entering.origins.values() for origin in origins)
+
+
+def _keys(origins: Iterable[Origin]) -> set[_Key]:
+    return {(origin.flow, origin.node, origin.name) for origin in origins}
+
+
+def _warnings(
+    flow: Followed, node: NodeColumns, used: set[_Key], everyone: Sequence[NodeColumns]
+) -> Iterator[FlowWarning]:
+    made, said = node.makes(), node.declaration
+    if not made or (flow.graph.name == "trainer_flow" and not said.is_of_method):
+        return
+    place = node.node.place
+    if not _is_taken(flow, node):
+        yield FlowWarning(
+            f"nothing takes the output of {node.node.name}, which makes {_names(made)}",
+            place,
+            fix="pass it to another call, or return it; if only what the step logs is wanted, all is well",
+        )
+    elif _keys(made).isdisjoint(used):
+        if said.cost:
+            yield _costly(node, everyone)
+        elif rival := _rival(flow, node, used):
+            yield FlowWarning(
+                f"the columns of {node.node.name} are replaced before anything reads them: "
+                f"{_names(made)}, by {rival.node.name} ({rival.node.place})",
+                place,
+                fix="give one of the modules a namespace, or leave one of the calls out",
+            )
+
+
+def _is_taken(flow: Followed, node: NodeColumns) -> bool:
+    index = node.node.index
+    waits = any(index in (*other.inputs, *other.after) for other in flow.graph.nodes)
+    return waits or index in flow.graph.outputs
+
+
+def _costly(node: NodeColumns, nodes: Iterable[NodeColumns]) -> FlowWarning:
+    names = _names(node.makes())
+    would = [
+        f"{other.node.module.name} would read it with {setting}"
+        for other in nodes
+        for name, setting in other.declaration.would_read.items()
+        if name in (node.declaration.writes or ())
+    ]
+    return FlowWarning(
+        f"{node.node.name} costs {node.declaration.cost}, and nothing reads its {names}",
+        node.node.place,
+        fix="leave the call out" + (f"; {' and '.join(would)}" if would else ""),
+    )
+
+
+def _rival(flow: Followed, node: NodeColumns, used: set[_Key]) -> NodeColumns | None:
+    """Return a later node of the flow that makes one of the columns, which somebody reads from there."""
+    names = {origin.name for origin in node.makes()}
+    for other in flow.nodes[node.node.index + 1 :]:
+        read = (o for o in other.makes() if (o.flow, o.node, o.name) in used)
+        if any(origin.name in names for origin in read):
+            return other
+    return None
+
+
+def _never_synced(program: Program, flows: Sequence[Followed]) -> Iterator[FlowWarning]:
+    """Name policies whose log-probs a trainer learns from, and which never get what it learned."""
+    trainer = next((flow for flow in flows if flow.graph.name == "trainer_flow"), None)
+    if trainer is None:
+        return
+    taught = {id(module) for module in trainer.graph.modules}
+    taught |= {id(destination) for _, destination in program.sync_pairs}
+    for node in trainer.nodes:
+        for origin in sorted(node.reads() or (), key=_order):
+            sampler = trainer.node(origin)
+            is_sampled = origin.name.rsplit("/", maxsplit=1)[-1] == ROLLOUT_LOGPROBS
+            if sampler is None or not is_sampled or id(sampler.node.module) in taught:
+                continue
+            if _may_have_weights(sampler.node.module):
+                taught.add(id(sampler.node.module))
+                yield _unsynced(sampler, node)
+
+
+def _unsynced(sampler: NodeColumns, trainer: NodeColumns) -> FlowWarning:
+    policy, learner = sampler.node.module.name, trainer.node.module.name
+    return FlowWarning(
+        f"{policy} samples for {learner}, but no parameter sync leads into it: it never gets what {learner} learns",
+        sampler.node.place,
+        fix=f"write engine.set_parameter_sync({learner}, {policy})",
+    )
+
+
+def _may_have_weights(module: BaseModule) -> bool:
+    kind = type(module)
+    overrides = any(
+        getattr(kind, name) is not getattr(BaseModule, name) for name in ("setup", "state_dict")
+    )
+    return overrides or has_model(module)
+
+
+def _order(origin: Origin) -> _Key:
+    return origin.flow, origin.node, origin.name
+
+
+def _names(origins: Iterable[Origin]) -> str:
+    return ", ".join(map(repr, sorted(origin.name for origin in origins)))
