@@ -70,7 +70,13 @@ class EpisodeFlows:
         replay.kept = window
         self._recorder.replayed(len(window), size(chosen), oldest=window[0][0] + 1)
         seconds = outcome.module_seconds + trained.module_seconds
-        return replace(trained, samples=outcome.samples, uids=outcome.uids, module_seconds=seconds)
+        return replace(
+            trained,
+            samples=outcome.samples,
+            uids=outcome.uids,
+            module_seconds=seconds,
+            losses=outcome.losses,
+        )
 
     def _run(
         self, episode: int, *, flow: FlowWork | None = None, trainer: TrainWork | None = None

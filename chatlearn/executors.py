@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -209,7 +210,7 @@ class Evaluator(Executor):
                     stage,
                     graph,
                     EvalInfo.of(stage.episode - 1, stage.train_iteration),
-                    starting=lambda module, method, _: display.phase(f"{module}.{method}"),
+                    starting=partial(_show_call, display),
                     observer=display.advance,
                     note=display.note,
                 )
@@ -326,6 +327,13 @@ class Evaluator(Executor):
         if self.stage is not None:
             self.stage.close()
             self.stage = None
+
+
+def _show_call(
+    display: EvaluationProgress, module: str, method: str, _: bool, uids: Sequence[int]
+) -> None:
+    display.phase(f"{module}.{method}")
+    display.calling(f"{module}.{method}", uids)
 
 
 def _by_module(graph: FlowGraph, batches: Mapping[int, list[Batch]]) -> Results:

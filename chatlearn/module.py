@@ -41,6 +41,8 @@ class ModuleState:
     """Values that all modules of an engine share."""
     metrics: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """What the current call has logged."""
+    failure: str = ""
+    """Why the current call marks samples as failed in its `outcome` column."""
     turn: int = 0
     """Which call of its method in the flow the current one is: part of the key of a sample's random numbers."""
     own_columns: frozenset[str] = frozenset()

@@ -334,6 +334,7 @@ class Run:
                 self.stage,
                 graph,
                 info,
+                starting=self._recorder.evaluation_starting,
                 observer=self._recorder.evaluation_call,
                 interrupted=lambda: self._interruption.requested,
                 note=self._recorder.note,
@@ -366,6 +367,7 @@ class Run:
     def _account(self, outcome: Outcome) -> None:
         self.state.train_iteration += outcome.steps
         self._module_seconds = outcome.module_seconds
+        self._recorder.losses(outcome.losses)
         self._recorder.samples(self.state.episode + 1, outcome.samples.everything())
 
     def _save(self) -> None:

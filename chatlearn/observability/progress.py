@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TextIO, TypeVar
 
@@ -30,7 +30,9 @@ from chatlearn.observability.headline import (
     headline,
     measure_label,
 )
+from chatlearn.observability.long_call import CallUnderWay
 from chatlearn.observability.numbers import duration, number, quantity, sparkline
+from chatlearn.observability.outcomes import words
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -111,6 +113,9 @@ class Progress:
         self._phase = ""
         self._phase_samples = self._phase_tokens = 0
         self._phase_began = 0.0
+        self._call = CallUnderWay(clock)
+        self._lost = ""
+        """What the episode has lost so far, or the last one that ended, in words."""
         self._now = Headline()
         self._first_accuracy: float | None = None
         self._accuracy: float | None = None
@@ -153,6 +158,16 @@ class Progress:
         self._phase_began = self._clock()
 
     @never_disturb
+    def calling(self, name: str, uids: Sequence[int]) -> None:
+        """Take note of the call that is made next, to name it if it takes long."""
+        self._call.begin(name, uids)
+
+    @never_disturb
+    def losing(self, lost: str) -> None:
+        """Say in words what the episode has lost so far."""
+        self._lost = lost
+
+    @never_disturb
     def tick(self, tokens: int) -> None:
         """Take note of tokens that a call under way has produced."""
         self._phase_tokens += tokens
@@ -167,6 +182,7 @@ class Progress:
     @never_disturb
     def advance(self, call: Call) -> None:
         """Take note of a finished call."""
+        self._call.end()
         self._phase_samples += call.samples
         self._beat(f"{self._phase_samples} samples")
 
@@ -178,6 +194,7 @@ class Progress:
         self._last_done = now
         self._episode += 1
         self._now = headline(metrics)
+        self._lost = words(metrics)
         for label, reward in self._now.rewards:
             self._rewards.setdefault(label, deque(maxlen=400)).append(reward)
         if self._live is not None:
@@ -223,6 +240,8 @@ class Progress:
             parts.append(f"gen {quantity(now.generated_per_s)} tok/s")
         if now.trained_per_s is not None:
             parts.append(f"train {quantity(now.trained_per_s)} tok/s")
+        if self._lost:
+            parts.append(self._lost)
         return parts
 
     def _timing(self) -> list[str]:
@@ -253,9 +272,9 @@ class Progress:
     def _start(self) -> None:
         if self._wants_live():
             self._open_live()
-        if self._live is not None:
-            self._thread = threading.Thread(target=self._refresh, name="progress", daemon=True)
-            self._thread.start()
+        work = self._watch if self._live is None else self._refresh
+        self._thread = threading.Thread(target=work, name="progress", daemon=True)
+        self._thread.start()
 
     def _wants_live(self) -> bool:
         return self._stream.isatty() if self._want_live is None else self._want_live
@@ -279,6 +298,16 @@ class Progress:
         except Exception:  # noqa: BLE001 - another live display has the terminal: plain lines then
             return
         self._console, self._live = console, live
+
+    def _watch(self) -> None:
+        """In plain mode, name a call that takes long again and again."""
+        while not self._stop.wait(HEARTBEAT_S):
+            self._name_long_call()
+
+    @never_disturb
+    def _name_long_call(self) -> None:
+        if text := self._call.told():
+            self._write(text)
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH_S):
@@ -343,6 +372,8 @@ class Progress:
             )
         if self._phase_samples:
             doing.append(f"  {self._phase_samples} samples", style="dim")
+        if long_call := self._call.told():
+            doing.append(f"  {long_call}", style="yellow")
         return doing
 
 

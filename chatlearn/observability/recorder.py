@@ -17,6 +17,7 @@ from chatlearn.flow.draw import sink_of, to_mermaid, to_svg
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.observability.headline import EVAL
 from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
+from chatlearn.observability.outcomes import FirstCauses, OutcomeCounts, words
 from chatlearn.observability.progress import Call as ShownCall
 from chatlearn.observability.progress import Progress
 from chatlearn.observability.report import write_report
@@ -43,6 +44,10 @@ class Call(ShownCall, Protocol):
     def metrics(self) -> Mapping[str, float]: ...
     @property
     def is_training(self) -> bool: ...
+    @property
+    def outcomes(self) -> Mapping[str, int]: ...
+    @property
+    def cause(self) -> str: ...
 
 
 class Recorder:
@@ -62,6 +67,8 @@ class Recorder:
         self._trackers: list[Tracker] = []
         self._episode = EpisodeMetrics()
         self._evaluation: dict[str, float] = {}
+        self._outcomes = OutcomeCounts()
+        self._causes = FirstCauses()
         self._speeds: dict[str, tuple[float, float]] = {}
         self._began = time.perf_counter()
         self._unshown: dict[str, float] | None = None
@@ -125,6 +132,8 @@ class Recorder:
         self.folder.write_text("summary.json", json.dumps(summary, indent=2))
         self._metrics.close()
         self._transcripts.close()
+        for line in self._causes.summary():
+            self.note(line)
         try:
             self.note(f"report: {write_report(self.folder.path)}")
         except Exception as error:  # noqa: BLE001 - what was trained is worth more than its report
@@ -154,12 +163,20 @@ class Recorder:
         if number == 1 or self._evaluation:
             self._write_row(number - 1, 0)
         self._episode = EpisodeMetrics()
+        self._outcomes = OutcomeCounts()
         self._speeds = {}
         self._began = time.perf_counter()
 
-    def starting(self, module: str, method: str, is_training: bool) -> None:
+    def starting(self, module: str, method: str, is_training: bool, uids: Sequence[int]) -> None:
         """Show which call is made next."""
         self._show("training" if is_training else f"{module}.{method}")
+        self._calling(module, method, is_training, uids)
+
+    def evaluation_starting(
+        self, module: str, method: str, is_training: bool, uids: Sequence[int]
+    ) -> None:
+        """Take note of which call of the evaluation flow is made next."""
+        self._calling(module, method, is_training, uids)
 
     def call(self, call: Call) -> None:
         """Take the numbers of a finished call of the environment or trainer flow."""
@@ -170,8 +187,14 @@ class Recorder:
             if name.endswith(_TOKENS):
                 tokens, seconds = self._speeds.get(f"{call.module}/{name}", (0.0, 0.0))
                 self._speeds[f"{call.module}/{name}"] = (tokens + value, seconds + call.seconds)
+        self._outcomes.add(call)
         if self._progress is not None:
             self._progress.advance(call)
+        self._tell_cause(call)
+
+    def losses(self, losses: Mapping[str, int]) -> None:
+        """Take what became of the samples that an episode lost: how many were masked, or went with their groups."""
+        self._outcomes.add_losses(losses)
 
     def samples(self, episode: int, batches: Batch | Sequence[Batch]) -> None:
         """Keep transcripts of an episode's samples."""
@@ -195,6 +218,7 @@ class Recorder:
         """Take note of a finished call of the evaluation flow."""
         if self._progress is not None:
             self._progress.advance(call)
+        self._tell_cause(call)
 
     def evaluation_done(
         self, episode: int, results: Mapping[str, Sequence[Batch]], metrics: Mapping[str, float]
@@ -227,6 +251,17 @@ class Recorder:
             self._progress.episode_done(metrics)
         self._show_evaluation()  # only now: the display counts the episode as done
         return metrics
+
+    def _calling(self, module: str, method: str, is_training: bool, uids: Sequence[int]) -> None:
+        if self._progress is not None:
+            self._progress.calling(f"{module}.{method}", uids)
+
+    def _tell_cause(self, call: Call) -> None:
+        """Tell of samples that were given up: the first time in full, then how many there are."""
+        if call.cause and self._progress is not None:
+            self._progress.losing(words(self._outcomes.metrics()))
+        if (note := self._causes.note_of(call)) is not None:
+            self.note(note)
 
     def note(self, text: str) -> None:
         """Show a line of its own."""
@@ -274,7 +309,7 @@ class Recorder:
         self.folder.write_text("config_origins.json", json.dumps(origins, indent=2))
 
     def _write_row(self, episode: int, train_iteration: int) -> dict[str, float]:
-        metrics = {**self._episode.summary(), **self._evaluation}
+        metrics = {**self._episode.summary(), **self._outcomes.metrics(), **self._evaluation}
         self._evaluation = {}
         if metrics:
             self._metrics.write(episode, train_iteration, metrics)

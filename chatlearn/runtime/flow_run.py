@@ -4,77 +4,25 @@
 Samples live in *spaces*: the feed's, plus one behind every filter. Within a space all nodes number samples alike,
 so a batch may start as soon as its own range is there, whatever order calls finish in; a filter's space grows in
 call order, so that order never depends on timing.
+
+A sample that was given up keeps its number. The node that lost it and all nodes behind that one count it as there and
+have no row of it: what a call holds depends on what was lost before its node, never on when.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from chatlearn.errors import FlowError
 from chatlearn.flow.graph import FEED
-from chatlearn.runtime.protocol import NodeSpec, Piece
-
-
-@dataclass
-class _Space:
-    """Samples that share one numbering: their uids and groups as far as known."""
-
-    uids: list[int] = field(default_factory=list[int])
-    groups: list[int] = field(default_factory=list[int])
-    closed: bool = False
-
-
-@dataclass
-class Task:
-    """One call to come: samples `start` to `stop` of a node, in the node's input space."""
-
-    node: int
-    ordinal: int
-    start: int
-    stop: int
-    started: bool = False
-
-
-@dataclass
-class _NodeRun:
-    spec: NodeSpec
-    space: _Space
-    out_space: _Space
-    tasks: list[Task] = field(default_factory=list[Task])
-    starts: list[int] = field(default_factory=list[int])
-    finished: int = 0
-    ranges: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
-    """Finished calls as (start, stop, call id) in the output space, sorted."""
-    range_starts: list[int] = field(default_factory=list[int])
-    unplaced: dict[int, tuple[int, tuple[int, ...]]] = field(
-        default_factory=dict[int, tuple[int, tuple[int, ...]]]
-    )
-    """Finished calls of a filter that wait for earlier ones: ordinal -> (call id, kept offsets)."""
-    placed: int = 0
-
-    @property
-    def planned(self) -> int:
-        return self.tasks[-1].stop if self.tasks else 0
-
-    @property
-    def complete(self) -> bool:
-        planned_all = self.space.closed and self.planned == len(self.space.uids)
-        return planned_all and self.finished == len(self.tasks)
-
-    def add_range(self, at: int, start: int, stop: int, call: int) -> None:
-        """Take note of what a finished call holds of the output space."""
-        self.ranges.insert(at, (start, stop, call))
-        self.range_starts.insert(at, start)
-
-    def range_at(self, position: int) -> int:
-        """Return the index of the last range that begins at or before `position` (0 if none does)."""
-        return max(bisect_right(self.range_starts, position) - 1, 0)
+from chatlearn.runtime.node_run import NodeRun, Space
+from chatlearn.runtime.positions import Portion, Task, runs, without
+from chatlearn.runtime.protocol import Deliver, NodeSpec, Piece
 
 
 class FlowRun:
-    """Track one pass of a flow. Feed it finished calls; ask it which tasks may start."""
+    """Track one pass of a flow. Feed it finished calls; ask it which may start."""
 
     def __init__(
         self,
@@ -83,12 +31,12 @@ class FlowRun:
         uids: Sequence[int],
         groups: Sequence[int],
     ) -> None:
-        self._feed = _Space(list(uids), list(groups), closed=True)
+        self._feed = Space(list(uids), list(groups), closed=True)
         self._outputs = tuple(outputs)
-        self.nodes: list[_NodeRun] = []
+        self.nodes: list[NodeRun] = []
         for spec in nodes:
             space = self._input_space(spec)
-            self.nodes.append(_NodeRun(spec, space, _Space() if spec.filters else space))
+            self.nodes.append(NodeRun(spec, space, Space() if spec.filters else space))
         self._outlet_space = self._common_space(
             self._outputs,
             "what the flow returns",
@@ -98,12 +46,23 @@ class FlowRun:
         for spec in nodes:
             for source in (*spec.inputs, *spec.after):
                 self._consumers.setdefault(source, []).append(spec.index)
+        self._before_outputs = self._depended_on()
+        self._drops = any(
+            self.nodes[i].spec.recovery.fate == "drop_group" for i in self._before_outputs
+        )
         self._delivered = 0
-        self._fresh: list[tuple[_NodeRun, Task]] = []
+        self._has_delivered = False
+        """Whether a sample that is not lost has left the flow."""
+        self._fresh: list[tuple[NodeRun, Task]] = []
         """Tasks planned since somebody last looked whether they may start."""
+        self.lost_uids: set[int] = set()
+        """Samples that some node has given up."""
+        self.dropped_groups: set[int] = set()
+        """Groups that are not delivered because a sample of theirs was lost."""
+        self.dropped_samples = 0
 
-    def start(self) -> Iterator[Task]:
-        """Return the tasks that need nothing but the feed."""
+    def start(self) -> Iterator[Portion]:
+        """Return the calls that need nothing but the feed."""
         for node in self.nodes:
             self._plan(node)
             if node.spec.filters and node.complete:
@@ -111,62 +70,116 @@ class FlowRun:
         self._fresh.clear()
         yield from self._startable()
 
-    def finish(self, task: Task, call: int, kept: tuple[int, ...] | None) -> Iterator[Task]:
-        """Take note that `task` returned; yield the tasks that may start because of it."""
-        node = self.nodes[task.node]
-        node.finished += 1
-        if node.spec.filters:
-            self._place_filtered(node, task, call, kept or ())
-            # What lies behind is planned only now: what was there before had all it needs from this filter.
-            fresh, self._fresh = self._fresh, []
-            yield from (late for owner, late in fresh if self._may_start(owner, late))
-            if node.complete:  # which may close spaces far downstream
-                yield from self._startable()
-            return
-        node.add_range(bisect_left(node.range_starts, task.start), task.start, task.stop, call)
-        yield from self._released(node, task.start, task.stop)
-
-    def inputs(self, task: Task) -> tuple[tuple[Piece, ...], ...]:
-        """Return where each input of a task that may start is to be found."""
-        return tuple(
-            self._pieces(source, task.start, task.stop) or ()
-            for source in self.nodes[task.node].spec.inputs
-        )
-
-    def uids(self, task: Task) -> Sequence[int]:
-        """Return the uids of a task's samples."""
-        return self.nodes[task.node].space.uids[task.start : task.stop]
-
-    def newly_delivered(
+    def finish(
         self,
-    ) -> tuple[int, int, tuple[tuple[Piece, ...], ...], Sequence[int]] | None:
-        """Return the samples, in order, for which all returned nodes have finished since the last call, if any."""
+        portion: Portion,
+        call: int,
+        kept: tuple[int, ...] | None,
+        failed: tuple[int, ...] = (),
+    ) -> Iterator[Portion]:
+        """Take note of a call that returned, but for what it `failed` on; yield the calls that may start now."""
+        task, node = portion.task, self.nodes[portion.task.node]
+        done = without(portion.positions, failed)
+        task.left -= len(done)
+        node.succeeded += len(done)
+        if node.spec.filters:
+            node.keep(task, portion.positions, kept or (), call)
+        else:
+            node.hold(done, call)
+        yield from self._resolved(node, task)
+
+    def lose(self, portion: Portion) -> Iterator[Portion]:
+        """Give up a portion's samples: no node behind gets them; yield the calls that may start now."""
+        task, node = portion.task, self.nodes[portion.task.node]
+        uids, groups = node.space.uids, node.space.groups
+        self.lost_uids.update(uids[at] for at in portion.positions)
+        if node.spec.recovery.fate == "drop_group" and node.spec.index in self._before_outputs:
+            self.dropped_groups.update(groups[at] for at in portion.positions)
+        for index in self._behind(node):
+            self.nodes[index].lost.update(portion.positions)
+        task.left -= len(portion.positions)
+        node.gave_up += len(portion.positions)
+        node.leave_out(portion.positions)
+        yield from self._resolved(node, task)
+
+    def inputs(self, portion: Portion) -> tuple[tuple[Piece, ...], ...]:
+        """Return where each input of a call that may start is to be found."""
+        sources = self.nodes[portion.task.node].spec.inputs
+        return tuple(self._rows(source, portion.positions) for source in sources)
+
+    def uids(self, portion: Portion) -> Sequence[int]:
+        """Return the uids of a call's samples."""
+        return _at(self.nodes[portion.task.node].space.uids, portion.positions)
+
+    def groups(self, portion: Portion) -> Sequence[int]:
+        """Return the group of each of a call's samples."""
+        return _at(self.nodes[portion.task.node].space.groups, portion.positions)
+
+    def newly_delivered(self) -> Deliver | None:
+        """Return the samples, in order, for which all returned nodes have finished since the last call, if any.
+
+        Where a node may drop groups, groups leave whole: of one that is dropped late, nobody has seen a sample. And
+        lost samples wait for one that is not, which tells what columns there are.
+        """
         if not self._outputs:
             return None
-        start, stop = self._delivered, len(self._outlet_space.uids)
+        space = self._outlet_space
+        start, stop = self._delivered, len(space.uids)
         for output in self._outputs:
-            stop = min(stop, self._prefix(output, start))
+            stop = min(stop, self.nodes[output].prefix(start))
             if stop == start:
                 return None
+        if self._drops:
+            stop = space.last_border(start, stop)
+        positions: Sequence[int] = range(start, stop)
+        if self.dropped_groups:
+            positions = [at for at in positions if space.groups[at] not in self.dropped_groups]
+        gone = set[int]().union(*(self.nodes[output].lost for output in self._outputs))
+        live = [at for at in positions if at not in gone] if gone else positions
+        if not live and positions and not self._has_delivered:
+            return None
         self._delivered = stop
-        pieces = tuple(self._pieces(output, start, stop) or () for output in self._outputs)
-        return start, stop, pieces, self._outlet_space.uids[start:stop]
+        self.dropped_samples += stop - start - len(positions)
+        if not positions:
+            return None
+        self._has_delivered = True
+        lost = tuple(offset for offset, at in enumerate(positions) if at in gone) if gone else ()
+        rows = tuple(self._rows(output, live) for output in self._outputs)
+        return Deliver(rows, _at(space.uids, positions), lost)
 
-    def calls_of(self, node: int) -> list[int]:
-        """Return the ids of a node's finished calls in sample order."""
-        return [call for _, _, call in self.nodes[node].ranges]
+    def batches(self, output: int) -> Iterator[Deliver]:
+        """Return what a node has made, a batch for each call that was planned, in order; of a filter what it kept."""
+        node = self.nodes[output]
+        if node.spec.filters:
+            for start, stop, call, row in node.ranges:
+                piece = Piece(call, row, row + stop - start)
+                yield Deliver(((piece,),), node.out_space.uids[start:stop])
+            return
+        for task in node.tasks:
+            everything = range(task.start, task.stop)
+            lost = tuple(at - task.start for at in everything if at in node.lost)
+            yield Deliver(
+                (self._rows(output, node.live(task)),), _at(node.space.uids, everything), lost
+            )
 
     @property
     def complete(self) -> bool:
-        """Whether every node has run for every sample."""
+        """Whether every node has run for every sample that is not lost."""
         return all(node.complete for node in self.nodes)
+
+    @property
+    def has_lost_everything(self) -> bool:
+        """Whether samples were lost and none has left the flow (of a flow that returns nothing: all were lost)."""
+        if self._outputs:
+            return bool(self.lost_uids) and not self._has_delivered
+        return bool(self.lost_uids) and len(self.lost_uids) == len(self._feed.uids)
 
     # ---- planning -----------------------------------------------------------------------------------------------
 
-    def _input_space(self, spec: NodeSpec) -> _Space:
+    def _input_space(self, spec: NodeSpec) -> Space:
         return self._common_space(spec.inputs, f"the inputs of {spec.name}", spec.place)
 
-    def _common_space(self, sources: Sequence[int], what: str, place: str) -> _Space:
+    def _common_space(self, sources: Sequence[int], what: str, place: str) -> Space:
         spaces = [self._feed if s == FEED else self.nodes[s].out_space for s in sources] or [
             self._feed
         ]
@@ -178,95 +191,105 @@ class FlowRun:
             )
         return spaces[0]
 
-    def _plan(self, node: _NodeRun) -> None:
-        """Cut the samples known so far into tasks; the last, incomplete one waits until its space is closed."""
-        while (stop := self._next_cut(node)) is not None:
-            task = Task(node.spec.index, len(node.tasks), node.planned, stop)
-            node.starts.append(task.start)
-            node.tasks.append(task)
-            self._fresh.append((node, task))
+    def _depended_on(self) -> set[int]:
+        """Return the nodes that what the flow returns depends on, the returned ones included."""
+        found: set[int] = set()
+        ways = [*self._outputs]
+        while ways:
+            index = ways.pop()
+            if index != FEED and index not in found:
+                found.add(index)
+                ways += [*self.nodes[index].spec.inputs, *self.nodes[index].spec.after]
+        return found
 
-    def _next_cut(self, node: _NodeRun) -> int | None:
-        space, start, known = node.space, node.planned, len(node.space.uids)
-        if start == known:
-            return None
-        size = node.spec.batch_size
-        if size is None or node.spec.batch_by == "episode":
-            return known if space.closed else None
-        if node.spec.batch_by == "sample":
-            return min(start + size, known) if space.closed or start + size <= known else None
-        stop = None
-        for border in self._group_borders(space, start):
-            if border - start > size and stop is not None:
-                break
-            stop = border
-            if border - start >= size:
-                break
-        # Cut only where it is certain whatever comes next, so that cuts never depend on timing.
-        full = stop is not None and (stop - start >= size or known - start > size)
-        return stop if full or space.closed else None
+    def _behind(self, node: NodeRun) -> set[int]:
+        """Return a node and those that depend on it sample by sample: up to the next filter, which is one of them."""
+        found: set[int] = set()
+        ways = [node.spec.index]
+        while ways:
+            index = ways.pop()
+            if index in found or self.nodes[index].space is not node.space:
+                continue
+            found.add(index)
+            ways += self._consumers.get(index, [])
+        return found
 
-    @staticmethod
-    def _group_borders(space: _Space, start: int) -> Iterator[int]:
-        """Yield the ends of the groups from `start` on that are known to be whole."""
-        for i in range(start + 1, len(space.groups)):
-            if space.groups[i] != space.groups[i - 1]:
-                yield i
-        if space.closed:
-            yield len(space.groups)
+    def _plan(self, node: NodeRun) -> None:
+        self._fresh += ((node, task) for task in node.plan())
+
+    def _grown(self, node: NodeRun) -> None:
+        """Plan the nodes behind a filter whose output grew, and close the spaces that can grow no more."""
+        node.out_space.closed = node.complete
+        for other in self.nodes:
+            if other.space is node.out_space:
+                self._plan(other)
+                if other.spec.filters and other.complete:
+                    self._grown(other)
 
     # ---- readiness ----------------------------------------------------------------------------------------------
 
-    def _may_start(self, node: _NodeRun, task: Task) -> bool:
+    def _start(self, node: NodeRun, task: Task) -> Iterator[Portion]:
+        """Yield a task's call if it may start; of one whose samples are all lost, what may start behind it."""
+        if not self._may_start(node, task):
+            return
+        live = node.live(task)
+        task.started, task.left = True, len(live)
+        if task.left < task.stop - task.start:
+            node.leave_out([at for at in range(task.start, task.stop) if at in node.lost])
+        if task.left:
+            yield Portion(task, live)
+        else:
+            yield from self._resolved(node, task)
+
+    def _may_start(self, node: NodeRun, task: Task) -> bool:
         if task.started:
             return False
         for source in node.spec.inputs:
-            if self._pieces(source, task.start, task.stop) is None:
+            if not self._has(source, task):
                 return False
         for source in node.spec.after:
             other = self.nodes[source]
             if other.out_space is node.space:
-                if self._pieces(source, task.start, task.stop) is None:
+                if not self._has(source, task):
                     return False
             elif not other.complete:
                 return False
-        task.started = True
         return True
 
-    def _pieces(self, source: int, start: int, stop: int) -> tuple[Piece, ...] | None:
-        """Return the finished calls that cover samples `start` to `stop` of a node, or None if some are missing."""
+    def _has(self, source: int, task: Task) -> bool:
+        """Tell whether what a task takes from a node is there, or lost."""
+        return source == FEED or self.nodes[source].pieces(task.start, task.stop) is not None
+
+    def _resolved(self, node: NodeRun, task: Task) -> Iterator[Portion]:
+        """Take note that samples of a task are finished or lost; yield the calls that may start because of it."""
+        node.finished += not task.left
+        if not node.spec.filters:
+            yield from self._released(node, task.start, task.stop)
+        elif not task.left:
+            node.place()
+            self._grown(node)
+            # What lies behind is planned only now: what was there before had all it needs from this filter.
+            fresh, self._fresh = self._fresh, []
+            for owner, late in fresh:
+                yield from self._start(owner, late)
+            if node.complete:  # which may close spaces far downstream
+                yield from self._startable()
+
+    def _rows(self, source: int, positions: Sequence[int]) -> tuple[Piece, ...]:
+        """Return the finished calls that hold samples which are not lost."""
+        stretches = runs(positions)
         if source == FEED:
-            return (Piece(FEED, start, stop),)
-        ranges = self.nodes[source].ranges
-        at = self.nodes[source].range_at(start)
-        pieces: list[Piece] = []
-        position = start
-        while position < stop:
-            if at == len(ranges) or not ranges[at][0] <= position < ranges[at][1]:
-                return None
-            first, last, call = ranges[at]
-            end = min(last, stop)
-            pieces.append(Piece(call, position - first, end - first))
-            position = end
-            at += 1
-        return tuple(pieces)
+            return tuple(Piece(FEED, start, stop) for start, stop in stretches)
+        node = self.nodes[source]
+        return tuple(p for start, stop in stretches for p in node.pieces(start, stop) or ())
 
-    def _prefix(self, source: int, start: int) -> int:
-        """Return up to where, from `start` on, a node's output is complete."""
-        ranges = self.nodes[source].ranges
-        at = self.nodes[source].range_at(start)
-        position = start
-        while at < len(ranges) and ranges[at][0] <= position < ranges[at][1]:
-            position = ranges[at][1]
-            at += 1
-        return position
-
-    def _startable(self) -> Iterator[Task]:
+    def _startable(self) -> Iterator[Portion]:
         for node in self.nodes:
-            yield from (task for task in node.tasks if self._may_start(node, task))
+            for task in node.tasks:
+                yield from self._start(node, task)
 
-    def _released(self, node: _NodeRun, start: int, stop: int) -> Iterator[Task]:
-        """Yield the tasks downstream that overlap samples `start` to `stop` of the output and miss nothing else."""
+    def _released(self, node: NodeRun, start: int, stop: int) -> Iterator[Portion]:
+        """Yield the calls downstream that overlap samples `start` to `stop` of the output and miss nothing else."""
         for consumer in dict.fromkeys(self._consumers.get(node.spec.index, [])):
             other = self.nodes[consumer]
             if other.space is node.out_space:
@@ -276,32 +299,11 @@ class FlowRun:
             else:
                 continue
             while at < len(other.tasks) and other.tasks[at].start < end:
-                if self._may_start(other, other.tasks[at]):
-                    yield other.tasks[at]
+                yield from self._start(other, other.tasks[at])
                 at += 1
 
-    # ---- filters ------------------------------------------------------------------------------------------------
 
-    def _place_filtered(self, node: _NodeRun, task: Task, call: int, kept: tuple[int, ...]) -> None:
-        """Append a filter's output to its space once all earlier calls of it have been appended."""
-        node.unplaced[task.ordinal] = (call, kept)
-        space = node.out_space
-        while node.placed in node.unplaced:
-            call, kept = node.unplaced.pop(node.placed)
-            source = node.tasks[node.placed]
-            start = len(space.uids)
-            space.uids += [node.space.uids[source.start + i] for i in kept]
-            space.groups += [node.space.groups[source.start + i] for i in kept]
-            if kept:
-                node.add_range(len(node.ranges), start, start + len(kept), call)
-            node.placed += 1
-        self._grown(node)
-
-    def _grown(self, node: _NodeRun) -> None:
-        """Plan the nodes behind a filter whose output grew, and close the spaces that can grow no more."""
-        node.out_space.closed = node.complete
-        for other in self.nodes:
-            if other.space is node.out_space:
-                self._plan(other)
-                if other.spec.filters and other.complete:
-                    self._grown(other)
+def _at(values: Sequence[int], positions: Sequence[int]) -> Sequence[int]:
+    if isinstance(positions, range):
+        return values[positions.start : positions.stop]
+    return [values[at] for at in positions]

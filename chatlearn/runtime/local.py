@@ -97,9 +97,8 @@ class LocalRuntime:
             KeyboardInterrupt: `interrupted()` was true before a train step had changed anything.
         """
         self.has_trained = False
-        return Pass(self, episode, flow, trainer, starting, observer, interrupted, tap).run(
-            iterations, batch_size
-        )
+        flows = Pass(self, episode, flow, trainer, starting, observer, interrupted, tap, batch_size)
+        return flows.run(iterations)
 
 
 def _copy_of(module: BaseModule) -> BaseModule:

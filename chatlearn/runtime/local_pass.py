@@ -3,24 +3,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlearn.columns import UID
-from chatlearn.errors import BatchError, EngineError
+from chatlearn.columns import FAILED, TIMED_OUT, UID
+from chatlearn.errors import BatchError, DeadlineError, EngineError, ModuleError
 from chatlearn.flow.batching import Batch, isolate, join, merge, size, take
 from chatlearn.flow.graph import FEED, FlowGraph
-from chatlearn.runtime.protocol import Call, Command, Finished, Piece, node_specs
+from chatlearn.module import state_of
+from chatlearn.runtime.attempts import Attempts, Draws, Failure, counted
+from chatlearn.runtime.lost_rows import Outlet
+from chatlearn.runtime.protocol import (
+    Call,
+    Command,
+    Deliver,
+    Failed,
+    Finished,
+    Lost,
+    NodeSpec,
+    Piece,
+    node_specs,
+)
 from chatlearn.runtime.returned import (
+    count_cut,
+    failed_rows,
+    marks_of,
     returned_numbers,
     sample_output,
     step_output,
     untaken_step_output,
+    without_rows,
 )
 from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
 from chatlearn.runtime.store import OutputStore
 from chatlearn.runtime.work import CallReport, FlowWork, Observer, Outcome, Starting, Tap, TrainWork
-from chatlearn.runtime.worker import Result, Where, Worker
+from chatlearn.runtime.worker import Result, Where, Worker, describe_uids
 
 if TYPE_CHECKING:
     from chatlearn.runtime.local import LocalRuntime
@@ -39,6 +58,7 @@ class Pass:
         observer: Observer | None,
         interrupted: Callable[[], bool],
         tap: Tap | None,
+        batch_size: int | None,
     ) -> None:
         self._starting = starting
         self._runtime = runtime
@@ -52,19 +72,34 @@ class Pass:
         self._outputs = OutputStore()
         self._step_outputs = OutputStore()
         self._outcome = Outcome()
+        self._specs = self._node_specs(batch_size)
+        self._attempts = Attempts()
+        fates = {spec.recovery.fate for spec in self._specs}
+        self._may_lose = fates != {"stop"}
+        self._outlet = Outlet(self._attempts.lost) if "mask" in fates else None
 
-    def run(self, iterations: Iterations, batch_size: int | None) -> Outcome:
+    def _node_specs(self, batch_size: int | None) -> list[NodeSpec]:
+        if self._flow is None:
+            return []
+        specs = node_specs(self._flow.graph, batch_size)
+        if not self._flow.keeps_batches:
+            return specs
+        # Nothing is trained on here, so no group has to go: what was lost stays among the results.
+        return [
+            replace(spec, recovery=replace(spec.recovery, fate="mask"))
+            if spec.recovery.fate == "drop_group"
+            else spec
+            for spec in specs
+        ]
+
+    def run(self, iterations: Iterations) -> Outcome:
         flow, trainer, runtime = self._flow, self._trainer, self._runtime
         if self._tap is not None:
             self._tap.beginning(flow, trainer)
         scheduler = Scheduler(
             {name: range(len(workers)) for name, workers in runtime.workers.items()},
             iterations,
-            flow=(
-                node_specs(flow.graph, batch_size),
-                flow.graph.outputs,
-                Samples(flow.feed.uids, flow.feed.groups),
-            )
+            flow=(self._specs, flow.graph.outputs, Samples(flow.feed.uids, flow.feed.groups))
             if flow
             else None,
             trainer=(node_specs(trainer.graph), trainer.source) if trainer else None,
@@ -78,7 +113,12 @@ class Pass:
         while call is not None:
             if not runtime.has_trained and self._interrupted():
                 raise KeyboardInterrupt
-            call = self._take(scheduler.on(self._carry_out(call)))
+            event = self._carry_out(call)
+            made, call = call, self._take(scheduler.on(event))
+            if scheduler.has_failed:
+                raise self._attempts.ending(made)
+        if scheduler.flow and scheduler.flow.has_lost_everything:
+            raise self._attempts.nothing_left()
         if not scheduler.complete:
             raise EngineError(
                 "the flow cannot go on: some nodes wait for samples that never come",
@@ -86,8 +126,13 @@ class Pass:
             )
         if flow and scheduler.flow and flow.keeps_batches:
             for output in flow.graph.outputs:
-                calls = scheduler.flow.calls_of(output)
-                self._outcome.results[output] = [self._outputs[call] for call in calls]
+                self._outcome.results[output] = self._results(scheduler.flow.batches(output))
+        if flow and scheduler.flow and self._may_lose:
+            self._outcome.losses = {
+                "masked_samples": self._outlet.masked if self._outlet else 0,
+                "dropped_samples": scheduler.flow.dropped_samples,
+                "dropped_groups": len(scheduler.flow.dropped_groups),
+            }
         self._outcome.steps = scheduler.training.steps if scheduler.training else 0
         return self._outcome
 
@@ -97,45 +142,136 @@ class Pass:
         for command in commands:
             if isinstance(command, Call):
                 call = command
+            elif isinstance(command, Lost):
+                self._lose(command)
             elif self._flow is not None and not self._flow.keeps_batches:
-                outputs = self._flow.graph.outputs
-                joined = self._join(command.inputs, outputs, "what the flow returns")
+                joined = self._delivered(command, self._flow)
                 if self._tap is not None:
                     self._tap.delivered(self._flow.graph.name, command.uids, joined)
                 self._outcome.samples.append(joined)
                 self._outcome.uids += command.uids
         return call
 
-    def _carry_out(self, call: Call) -> Finished:
+    def _delivered(self, command: Deliver, flow: FlowWork) -> Batch:
+        """Return the samples that leave the flow, in order; lost ones among them without values."""
+        joined: Batch = {}
+        if len(command.lost) < len(command.uids):
+            joined = self._join(command.inputs, flow.graph.outputs, "what the flow returns")
+        return self._outlet.completed(joined, command) if self._outlet else joined
+
+    def _results(self, parts: Iterable[Deliver]) -> list[Batch]:
+        """Return what a node of an evaluation flow has made; lost samples stand in it without values."""
+        made = [(part, self._result(part)) for part in parts]
+        if self._outlet is None:
+            return [batch for _, batch in made]
+        return self._outlet.results(made)
+
+    def _result(self, part: Deliver) -> Batch:
+        (pieces,) = part.inputs
+        outputs = [self._outputs[piece.call] for piece in pieces]
+        if len(pieces) == 1 and pieces[0].start == 0 and pieces[0].stop == size(outputs[0]):
+            return outputs[0]
+        rows = [take(o, p.start, p.stop) for o, p in zip(outputs, pieces, strict=True)]
+        return merge(rows, "what the flow returns")
+
+    def _carry_out(self, call: Call) -> Finished | Failed:
         try:
-            return self._train(call) if call.step is not None else self._sample(call)
+            if call.step is not None:
+                return self._train(call)
+            if call.node.recovery.stops_at_once:
+                return self._sample(call, self._inputs(call))
+            return self._attempt(call)
         except BatchError as error:  # of what the step was given or returned: say which call it was
             described = self._worker(call).describe_call(call.node.method, self._where(call))
             cause = f"{error.cause}\n{described}"
             raise BatchError(cause, place=error.place, fix=error.fix) from error.__cause__
 
-    def _sample(self, call: Call) -> Finished:
-        assert self._flow is not None
-        graph, spec = self._flow.graph, call.node
-        node = graph.nodes[spec.index]
+    def _inputs(self, call: Call) -> Batch:
+        spec = call.node
         data = self._join(call.inputs, spec.inputs, spec.name)
         if not all(source == FEED or self._takers[source] == 1 for source in spec.inputs):
             data = isolate(data)  # others take these samples, too
+        return data
+
+    def _attempt(self, call: Call) -> Finished | Failed:
+        """Run a call whose samples may be tried again: its inputs and the random numbers it starts from are kept."""
+        data = self._attempts.enter(call, self._inputs(call) if call.origin < 0 else None)
+        draws, start = Draws(), time.perf_counter()
+        try:
+            return self._sample(call, data)
+        except (ModuleError, BatchError) as error:
+            draws.put_back()
+            seconds = time.perf_counter() - start
+            outcome = TIMED_OUT if isinstance(error, DeadlineError) else FAILED
+            self._attempts.fail(call, Failure(self._described(call, error), outcome))
+            self._outcome.module_seconds += seconds
+            self._report(call, seconds, 0, {}, counted(call))
+            return Failed(call.id, seconds)
+
+    def _sample(self, call: Call, data: Batch) -> Finished:
+        assert self._flow is not None
+        graph, spec = self._flow.graph, call.node
+        node = graph.nodes[spec.index]
         if self._tap is not None:
             self._tap.entering(graph.name, node, call, data)
+        before = marks_of(data)
         result = self._call(call, data, graph)
         place = f"{spec.name}, {node.place}"
         output, kept = sample_output(call, result.value, place)
         if not output and not (spec.filters and result.value is not None):
             self._refuse_missing(graph, spec.index, place)
-        samples = len(call.uids) if kept is None else len(kept)
+        outcomes = {**count_cut(before, output), **counted(call)}
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
         metrics = {**result.metrics, **more}
+        failed: tuple[int, ...] = ()
+        if rows := failed_rows(before, output, kept):
+            failed = tuple(rows if kept is None else (kept[row] for row in rows))
+            self._fail_on(call, dict(zip(failed, rows.values(), strict=True)), place)
+            output = without_rows(output, rows)
+            kept = None if kept is None else tuple(at for at in kept if at not in failed)
+        done = replace(call, uids=_but_for(call.uids, failed)) if failed else call
         if self._tap is not None:
-            self._tap.returned(graph.name, node, call, output, metrics)
+            self._tap.returned(graph.name, node, done, output, metrics)
+        samples = len(done.uids) if kept is None else len(kept)
         self._outputs.put(call.id, output, samples * self._takers[spec.index])
-        self._report(call, result.seconds, len(call.uids), metrics)
-        return Finished(call.id, kept, result.seconds)
+        if not spec.recovery.stops_at_once:
+            self._attempts.settle(call, len(done.uids))
+        self._report(call, result.seconds, len(done.uids), metrics, outcomes)
+        return Finished(call.id, kept, result.seconds, failed)
+
+    # ---- samples that a step fails on -----------------------------------------------------------------------------
+
+    def _fail_on(self, call: Call, failed: Mapping[int, str], place: str) -> None:
+        """Take note that a step says on which samples, by their offsets, it has failed.
+
+        Raises:
+            BatchError: the run stops at the first failure of this module.
+        """
+        by_uid = {call.uids[at]: outcome for at, outcome in failed.items()}
+        own = state_of(self._worker(call).module)
+        cause, own.failure = own.failure or f"{call.node.name} says so in its `outcome` column", ""
+        text = f"a step failed on {describe_uids(list(by_uid))}: {cause}"
+        if call.node.recovery.stops_at_once:
+            key = f"models.{call.node.module}.on_failure"
+            fix = f"make the step work for every sample, or let {key} say what such samples do"
+            raise BatchError(text, place=place, fix=fix)
+        failure = Failure(self._described(call, BatchError(text)), outcomes=by_uid)
+        self._attempts.fail(call, failure)
+
+    def _lose(self, command: Lost) -> None:
+        """Take note that samples are given up, and tell the observer."""
+        assert self._flow is not None
+        groups = dict(zip(self._flow.feed.uids, self._flow.feed.groups, strict=True))
+        call, outcomes, failure = self._attempts.lose(command, groups)
+        self._report(call, 0.0, 0, {}, outcomes, str(failure.error))
+
+    def _described(self, call: Call, error: ModuleError | BatchError) -> ModuleError:
+        if isinstance(error, ModuleError):
+            return error
+        described = self._worker(call).describe_call(call.node.method, self._where(call))
+        made = ModuleError(f"{error}\n{described}")
+        made.__cause__ = error
+        return made
 
     def _train(self, call: Call) -> Finished:
         assert self._trainer is not None
@@ -172,12 +308,11 @@ class Pass:
         return self._step_outputs.take(piece)
 
     def _call(self, call: Call, data: Batch | list[Batch], graph: FlowGraph) -> Result:
-        if self._starting is not None:
-            self._starting(call.node.module, call.node.method, call.step is not None)
         node = graph.nodes[call.node.index]
-        result = self._worker(call).step(
-            node.method, data, call.iteration, node.constants, self._where(call, node.turn)
-        )
+        where = self._where(call, node.turn)
+        if self._starting is not None:
+            self._starting(call.node.module, call.node.method, call.step is not None, where.uids)
+        result = self._worker(call).step(node.method, data, call.iteration, node.constants, where)
         self._outcome.module_seconds += result.seconds
         return result
 
@@ -191,11 +326,19 @@ class Pass:
         return Where(self._episode, uids, turn)
 
     def _report(
-        self, call: Call, seconds: float, samples: int, metrics: Mapping[str, float]
+        self,
+        call: Call,
+        seconds: float,
+        samples: int,
+        metrics: Mapping[str, float],
+        outcomes: Mapping[str, int] | None = None,
+        cause: str = "",
     ) -> None:
         if self._observer is not None:
             module, method, trains = call.node.module, call.node.method, call.step is not None
-            self._observer(CallReport(module, method, samples, seconds, metrics, trains))
+            self._observer(
+                CallReport(module, method, samples, seconds, metrics, trains, outcomes or {}, cause)
+            )
 
     def _join(
         self, inputs: tuple[tuple[Piece, ...], ...], sources: Sequence[int], place: str
@@ -234,6 +377,10 @@ class Pass:
                 place=place,
                 fix="return a dict of columns from the method (a filter that keeps nothing: empty columns)",
             )
+
+
+def _but_for(uids: Sequence[int], failed: Sequence[int]) -> list[int]:
+    return [uid for at, uid in enumerate(uids) if at not in failed]
 
 
 def _takers(graph: FlowGraph) -> list[int]:

@@ -2,20 +2,45 @@
 """What passes between the scheduler and a driver: events in, commands out. Plain integers, no tensors, no clock.
 
 Example:
-    The scheduler says `Call(id=7, node=NodeSpec(policy.forward_step), replica=0, start=8, stop=16, ...)`; the driver
+    The scheduler says `Call(id=7, node=NodeSpec(policy.forward_step), replica=0, uids=[8, 9], ...)`; the driver
     fetches the inputs, calls the method and answers `Finished(7)`, whereupon the scheduler says what follows.
+    Had the step raised, and were its node's `Recovery` not to stop, the driver would answer `Failed(7, "failed")`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
+from chatlearn.config import ModuleConfig
 from chatlearn.errors import FlowError
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.steps import Step
 from chatlearn.module import BatchBy, resolved_config
+
+Fate = Literal["stop", "drop_group", "mask"]
+"""What a sample that is given up does: end the run, take its group out of what is delivered, or stay without values."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What follows when a step fails on samples: how often they are tried again, and what then."""
+
+    fate: Fate = "stop"
+    retries: int = 0
+
+    @classmethod
+    def of(cls, config: ModuleConfig) -> Recovery:
+        """Return what a module's `on_failure`, `max_retries` and `after_retries` say."""
+        if config.on_failure == "retry":
+            return cls(config.after_retries, config.max_retries)
+        return cls(config.on_failure)
+
+    @property
+    def stops_at_once(self) -> bool:
+        """Whether the first failure ends the run, so that nothing has to be kept for another try."""
+        return self.fate == "stop" and not self.retries
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,7 @@ class NodeSpec:
     filters: bool = False
     place: str = ""
     """`file:line` of the call in the user's code, for errors."""
+    recovery: Recovery = Recovery()
 
 
 def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec]:
@@ -61,6 +87,7 @@ def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec
             batch_by=node.module.batch_by,
             filters=node.module.filters_samples,
             place=node.place,
+            recovery=Recovery.of(resolved_config(node.module)),
         )
         for node in graph.nodes
     ]
@@ -88,19 +115,34 @@ class Call:
     uids: Sequence[int]
     step: Step | None = None
     """The global batch, for nodes of a trainer flow."""
+    attempt: int = 0
+    """How many calls that held these samples have failed."""
+    origin: int = -1
+    """Of a call that tries samples again, the first one that held them; it has taken the inputs already."""
 
 
 @dataclass(frozen=True)
 class Deliver:
     """Command: append the joined `inputs` to the samples that the trainer flow (or the caller) receives."""
 
-    start: int
-    stop: int
     inputs: tuple[tuple[Piece, ...], ...]
+    """Per returned node, the pieces that hold the samples that are not lost."""
+    uids: Sequence[int]
+    """Of all samples, the lost ones that stay included."""
+    lost: tuple[int, ...] = ()
+    """Where, among `uids`, the lost ones stand."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Command: samples of a call have been given up; no later call gets them."""
+
+    call: int
+    """The call that failed on them."""
     uids: Sequence[int]
 
 
-Command = Call | Deliver
+Command = Call | Deliver | Lost
 
 
 @dataclass(frozen=True)
@@ -111,13 +153,16 @@ class Finished:
     kept: tuple[int, ...] | None = None
     seconds: float = 0.0
     """How long it took, so that a slow replica gets less to do."""
+    failed: tuple[int, ...] = ()
+    """Offsets of the samples that the step says it failed on; they are no part of what is kept of its output."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Event: a call raised, or its replica died."""
+    """Event: a call raised, gave no answer in time, or its replica died."""
 
     call: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
-from chatlearn.columns import UID
+from chatlearn.columns import CUT, FAILED, OUTCOME, TIMED_OUT, UID
 from chatlearn.errors import BatchError
-from chatlearn.flow.batching import Batch, isolate, normalise, numbers, size
+from chatlearn.flow.batching import Batch, isolate, normalise, numbers, select, size
 from chatlearn.runtime.protocol import Call
 
 
@@ -108,3 +108,44 @@ def _number(uid: Any) -> int:
         return int(uid)
     except (TypeError, ValueError):
         return -1
+
+
+Marks = Mapping[str, Sequence[Any]]
+"""Columns that say how samples fared: `outcome`, and that of every namespace."""
+
+
+def marks_of(batch: Batch) -> Marks:
+    """Return a batch's outcome columns, for comparison with what a step makes of them."""
+    names = [name for name in batch if name == OUTCOME or name.endswith(f"/{OUTCOME}")]
+    return {name: list(batch[name]) for name in names}
+
+
+def count_cut(before: Marks, output: Batch) -> dict[str, int]:
+    """Count the samples that a step has marked as cut; nothing, if it has made no such column."""
+    made = {name: column for name, column in marks_of(output).items() if name not in before}
+    return {CUT: sum(list(column).count(CUT) for column in made.values())} if made else {}
+
+
+def failed_rows(before: Marks, output: Batch, kept: Sequence[int] | None) -> dict[int, str]:
+    """Return which rows of its output a step says it failed on, and whether they failed or timed out.
+
+    Args:
+        before: the marks that were there when it was called.
+        output: what it returned.
+        kept: of a filter, which of its samples the rows are.
+    """
+    found: dict[int, str] = {}
+    for name, column in marks_of(output).items():
+        was = before.get(name, ())
+        for row, mark in enumerate(column):
+            if mark not in (FAILED, TIMED_OUT):
+                continue
+            at = row if kept is None else kept[row]
+            if at >= len(was) or was[at] != mark:
+                found.setdefault(row, mark)
+    return found
+
+
+def without_rows(output: Batch, rows: Mapping[int, Any]) -> Batch:
+    """Return a batch but for some rows."""
+    return select(output, [row for row in range(size(output)) if row not in rows])

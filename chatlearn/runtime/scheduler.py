@@ -3,14 +3,15 @@
 
 ::
 
-        Finished, Failed, ReplicaJoined, ReplicaLeft                      Call, Deliver
+        Finished, Failed, ReplicaJoined, ReplicaLeft                  Call, Deliver, Lost
     driver ------------------------------------------> Scheduler ------------------------> driver
                                                         |     |
                        env/eval flow: samples, in order v     v trainer flow: global batches, in order
                                               FlowRun --Deliver--> StepSource --> StepRun
 
 A finished call unblocks the nodes that overlap its samples (`FlowRun`); samples that left the environment flow, in
-order, become train steps (`StepSource`), which unblock the trainer's nodes (`StepRun`). A call that may start waits
+order, become train steps (`StepSource`), which unblock the trainer's nodes (`StepRun`). Samples that a call failed on
+run again, in smaller calls, or are given up, as the node's `Recovery` says (`recovery.py`). A call that may start waits
 in its module's queue until a replica is free; the free replica with the least load takes it. A driver that
 carries out one call after the other asks for no more than that (`at_once=1`): a call is then given to a replica when
 it is made, so that replicas in one process share the work by load, too. There are no threads, no clock and no
@@ -22,12 +23,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from chatlearn.errors import EngineError
 from chatlearn.flow.steps import StepSource
-from chatlearn.runtime.flow_run import FlowRun, Task
+from chatlearn.runtime.flow_run import FlowRun
+from chatlearn.runtime.positions import Portion
 from chatlearn.runtime.protocol import (
     Call,
     Command,
@@ -35,10 +37,12 @@ from chatlearn.runtime.protocol import (
     Event,
     Failed,
     Finished,
+    Lost,
     NodeSpec,
     ReplicaJoined,
     ReplicaLeft,
 )
+from chatlearn.runtime.recovery import halves, is_hopeless, tries_again
 from chatlearn.runtime.step_run import StepRun, StepTask
 
 Iterations = Counter[tuple[str, str]]
@@ -70,9 +74,9 @@ class _Replicas:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def take(self, samples: int) -> int:
-        """Give `samples` samples to the free replica with the least load."""
-        replica = min(self.free, key=self._load)
+    def take(self, samples: int, *, other_than: int = -1) -> int:
+        """Give `samples` samples to the free replica with the least load, to `other_than` only if no other is free."""
+        replica = min(self.free - {other_than} or self.free, key=self._load)
         self.free.remove(replica)
         self._samples[replica] += samples
         return replica
@@ -129,11 +133,14 @@ class Scheduler:
         self._at_once = at_once
         self._replicas = {name: _Replicas(ids) for name, ids in replicas.items()}
         self._iterations = iterations
-        self._queues: dict[str, list[tuple[tuple[int, ...], int, Task | StepTask]]] = {}
-        self._running: dict[int, tuple[Call, Task | StepTask]] = {}
+        self._queues: dict[str, list[tuple[tuple[int, ...], int, Portion | StepTask]]] = {}
+        self._running: dict[int, tuple[Call, Portion | StepTask]] = {}
         self._next_call = 0
         self._queued = 0
-        self._failed = False
+        self._lost: list[Lost] = []
+        """Samples given up that the driver does not know of yet."""
+        self.has_failed = False
+        """Whether a failure ends the run: no command follows any more."""
         self.flow = FlowRun(flow[0], flow[1], flow[2].uids, flow[2].groups) if flow else None
         self._source = trainer[1] if trainer else None
         self.training = StepRun(trainer[0]) if trainer else None
@@ -159,8 +166,7 @@ class Scheduler:
         if isinstance(event, Finished):
             self._finish(event)
         elif isinstance(event, Failed):
-            self._failed = True
-            self._running.pop(event.call)
+            self._fail(event)
         elif isinstance(event, ReplicaJoined):
             self._replicas.setdefault(event.module, _Replicas(())).join(event.replica)
         else:
@@ -179,14 +185,45 @@ class Scheduler:
         return self._next_call
 
     def _finish(self, event: Finished) -> None:
-        call, task = self._running.pop(event.call)
+        call, work = self._running.pop(event.call)
         self._replicas[call.node.module].give_back(call.replica, event.seconds)
-        if isinstance(task, Task):
-            assert self.flow is not None
-            self._enqueue(self.flow.finish(task, call.id, event.kept))
-        else:
+        if isinstance(work, StepTask):
             assert self.training is not None
-            self._enqueue(self.training.finish(task, call.id))
+            self._enqueue(self.training.finish(work, call.id))
+            return
+        assert self.flow is not None
+        self._enqueue(self.flow.finish(work, call.id, event.kept, event.failed))
+        if event.failed:
+            culprits = [work.positions[offset] for offset in event.failed]
+            self._recover(call, replace(work, positions=culprits), are_culprits=True)
+
+    def _fail(self, event: Failed) -> None:
+        call, work = self._running.pop(event.call)
+        self._replicas[call.node.module].give_back(call.replica, event.seconds)
+        if isinstance(work, StepTask):
+            self.has_failed = True
+        else:
+            self._recover(call, work)
+
+    def _recover(self, call: Call, portion: Portion, *, are_culprits: bool = False) -> None:
+        """Try samples again that a call failed on, in halves if need be, or give them up."""
+        assert self.flow is not None
+        spec = call.node
+        origin = call.id if portion.origin < 0 else portion.origin
+        portion = replace(portion, origin=origin, iteration=call.iteration, replica=call.replica)
+        if tries_again(spec.recovery, portion):
+            self._enqueue(iter([replace(portion, attempt=portion.attempt + 1)]))
+            return
+        if spec.recovery.fate == "stop":
+            self.has_failed = True
+            return
+        parts = [] if are_culprits else halves(spec, portion, self.flow.groups(portion))
+        if parts:
+            self._enqueue(iter(parts))
+            return
+        self._lost.append(Lost(call.id, self.flow.uids(portion)))
+        self._enqueue(self.flow.lose(portion))
+        self.has_failed |= is_hopeless(self.flow.nodes[spec.index])
 
     def _leave(self, event: ReplicaLeft) -> None:
         replicas = self._replicas[event.module]
@@ -197,21 +234,24 @@ class Scheduler:
                 fix="resume from the last checkpoint with runtime.resume=auto",
             )
 
-    def _enqueue(self, tasks: Iterator[Task] | Iterator[StepTask]) -> None:
-        for task in tasks:
-            if isinstance(task, Task):
+    def _enqueue(self, works: Iterator[Portion] | Iterator[StepTask]) -> None:
+        for work in works:
+            if isinstance(work, Portion):
                 assert self.flow is not None
                 # Deeper nodes first: an episode streams, and its early groups can train while others generate.
-                spec, priority = self.flow.nodes[task.node].spec, (1, -task.node, task.start)
+                node = work.task.node
+                spec, priority = self.flow.nodes[node].spec, (1, -node, work.positions[0])
             else:
                 assert self.training is not None
-                spec, priority = self.training.nodes[task.node], (0, task.step.index, task.node)
+                spec, priority = self.training.nodes[work.node], (0, work.step.index, work.node)
             queue = self._queues.setdefault(spec.module, [])
-            heapq.heappush(queue, (priority, self._queued, task))
+            heapq.heappush(queue, (priority, self._queued, work))
             self._queued += 1
 
     def _commands(self) -> Iterator[Command]:
-        if self._failed:
+        lost, self._lost = self._lost, []
+        yield from lost
+        if self.has_failed:
             return
         yield from self._deliveries()
         while self._at_once is None or len(self._running) < self._at_once:
@@ -219,9 +259,9 @@ class Scheduler:
             first = min(heads, default=None)
             if first is None:
                 return
-            (_, _, task), module = first
+            (_, _, work), module = first
             heapq.heappop(self._queues[module])
-            yield self._call(task, self._replicas[module])
+            yield self._call(work, self._replicas[module])
 
     def _is_free(self, module: str) -> bool:
         return bool(self._replicas[module].free)
@@ -231,32 +271,36 @@ class Scheduler:
             return
         new = self.flow.newly_delivered()
         if new is not None:
-            yield Deliver(*new)
+            yield new
             if self._source is not None and self.training is not None:
-                self._enqueue(self.training.extend(self._source.extend(new[1] - new[0])))
+                self._enqueue(self.training.extend(self._source.extend(len(new.uids))))
         ends = self.flow.complete and not self._source_closed
         if ends and self._source is not None and self.training is not None:
             self._source_closed = True
             self._enqueue(self.training.extend(self._source.close()))
             self.training.close()
 
-    def _call(self, task: Task | StepTask, replicas: _Replicas) -> Call:
-        if isinstance(task, Task):
-            assert self.flow is not None
-            spec, inputs, uids = (
-                self.flow.nodes[task.node].spec,
-                self.flow.inputs(task),
-                self.flow.uids(task),
-            )
-            size, step = task.stop - task.start, None
-        else:
-            assert self.training is not None
-            spec, inputs, uids = self.training.nodes[task.node], self.training.inputs(task), ()
-            size, step = sum(map(len, task.step.micro_batches)), task.step
-        key = (spec.module, spec.method)
-        iteration = self._iterations[key]
-        self._iterations[key] += 1
-        call = Call(self._next_call, spec, replicas.take(size), iteration, inputs, uids, step)
+    def _call(self, work: Portion | StepTask, replicas: _Replicas) -> Call:
+        number = self._next_call
         self._next_call += 1
-        self._running[call.id] = (call, task)
+        if isinstance(work, StepTask):
+            assert self.training is not None
+            spec, inputs = self.training.nodes[work.node], self.training.inputs(work)
+            replica = replicas.take(sum(map(len, work.step.micro_batches)))
+            call = Call(number, spec, replica, self._count(spec), inputs, (), work.step)
+        else:
+            assert self.flow is not None
+            spec, inputs = self.flow.nodes[work.task.node].spec, self.flow.inputs(work)
+            replica = replicas.take(len(work.positions), other_than=work.replica)
+            # A further try has the number of the first, so that later calls have theirs whatever has failed.
+            iteration = self._count(spec) if work.origin < 0 else work.iteration
+            uids, attempt, origin = self.flow.uids(work), work.attempt, work.origin
+            call = Call(number, spec, replica, iteration, inputs, uids, None, attempt, origin)
+        self._running[call.id] = (call, work)
         return call
+
+    def _count(self, spec: NodeSpec) -> int:
+        """Return the number of a new call of a module's method."""
+        key = (spec.module, spec.method)
+        self._iterations[key] += 1
+        return self._iterations[key] - 1

@@ -29,18 +29,24 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class CallReport:
-    """What an observer learns of a finished call."""
+    """What an observer learns of a finished call, or of samples that have been given up."""
 
     module: str
     method: str
     samples: int
+    """Those that the step succeeded on."""
     seconds: float
     metrics: Mapping[str, float]
     is_training: bool
+    outcomes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Samples by what became of them: `cut`, `failed`, `timed_out`; and `retried`, those that were tried once more."""
+    cause: str = ""
+    """Why samples were given up."""
 
 
 Observer = Callable[[CallReport], None]
-Starting = Callable[[str, str, bool], None]
+Starting = Callable[[str, str, bool, Sequence[int]], None]
+"""Told of a call before it is made: its module, its method, whether it trains, and the uids of its samples."""
 
 
 @dataclass
@@ -78,6 +84,8 @@ class Outcome:
     """Train steps finished."""
     module_seconds: float = 0.0
     """Time spent inside modules."""
+    losses: dict[str, int] = field(default_factory=dict[str, int])
+    """`masked_samples`, `dropped_samples` and `dropped_groups`; empty where no module may lose any."""
 
 
 class Tap(Protocol):
@@ -109,7 +117,9 @@ class Tap(Protocol):
     ) -> None:
         """Look at what a call returned, checked and with its columns' outside names, and the numbers that it logged.
 
-        `output` is `{}` where a step returned nothing, and of a train step a batch per micro-batch, or nothing.
+        `output` is `{}` where a step returned nothing, and of a train step a batch per micro-batch, or nothing. Of
+        samples that the step says it failed on there is neither a row in it nor a uid in `call`; a call that raised
+        is not seen here, and the one that tries its samples again is entered anew.
         """
         ...
 

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatlearn.errors import ChatLearnError, ModuleError
+from chatlearn.errors import ChatLearnError, DeadlineError, ModuleError
 from chatlearn.flow.batching import Batch, pad
 from chatlearn.flow.namespace import enter, leave_all, own_columns
 from chatlearn.module import BaseModule, resolved_config, state_of, written_columns
+from chatlearn.runtime.deadline import Deadline, DeadlinePassed, cancelled
 
 _SHOWN_UIDS = 16
 
@@ -48,33 +49,48 @@ class EventLoop:
     def __init__(self) -> None:
         self._runner: asyncio.Runner | None = None
 
-    def wait_for(self, awaitable: Awaitable[Any]) -> Any:
-        """Run an awaitable to its end, inside a notebook's running loop too."""
-        if self._runner is None:
+    def wait_for(self, awaitable: Awaitable[Any], deadline: Deadline | None = None) -> Any:
+        """Run an awaitable to its end, inside a notebook's running loop too; past the deadline it is cancelled."""
+        if self._runner is None or self._runner.get_loop().is_running():  # in a thread given up
             self._runner = asyncio.Runner()
-        work = _result_of(awaitable)
+        work = _result_of(awaitable, deadline)
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return self._runner.run(work)
+            try:
+                return self._runner.run(work)
+            finally:
+                if inspect.getcoroutinestate(work) == inspect.CORO_SUSPENDED:
+                    # It would not be cancelled, and must not go on beside the next call.
+                    self._runner.get_loop().close()
+                    self._runner = None
         with ThreadPoolExecutor(1) as beside:
             return beside.submit(self._runner.run, work).result()
 
     def close(self) -> None:
         """Close the loop, if there was need of one."""
-        if self._runner is not None:
+        if self._runner is not None and not self._runner.get_loop().is_running():
             self._runner.close()
-            self._runner = None
+        self._runner = None
 
     def __del__(self) -> None:
         if (
-            self._runner is not None
+            self._runner is not None and not self._runner.get_loop().is_running()
         ):  # of an engine that was never stopped; another loop may be running
             self._runner.get_loop().close()
 
 
-async def _result_of(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+async def _result_of(awaitable: Awaitable[Any], deadline: Deadline | None) -> Any:
+    if deadline is None:
+        return await awaitable
+    timer = asyncio.timeout(deadline.leave_to_loop())
+    try:
+        async with timer:
+            return await awaitable
+    except TimeoutError as error:
+        if timer.expired():
+            raise cancelled(deadline, error) from error
+        raise  # the step's own
 
 
 class Worker:
@@ -110,7 +126,12 @@ class Worker:
         keywords = dict(constants)
         if self._takes_iteration[method]:
             keywords["iteration"] = iteration
-        return self._call(method, getattr(self.module, method), where, (data,), keywords, leaving)
+        deadline = None
+        if (seconds := resolved_config(self.module).timeout_s) is not None:
+            what = f"{self.module.name}.{method}, replica {self.module.replica_id}"
+            deadline = Deadline(seconds, f"{what}, {describe_uids(where.uids)}")
+        function = getattr(self.module, method)
+        return self._call(method, function, where, (data,), keywords, leaving, deadline)
 
     def _enter(
         self, data: Batch | list[Batch], namespace: str
@@ -138,7 +159,7 @@ class Worker:
             state.has_lost_weights = False  # on purpose
         if not state.is_set_up:
             self.hook("setup")
-            state.is_set_up = True
+            state.is_set_up = state.was_ever_set_up = True
 
     def release(self) -> None:
         """Have the next engine set the module up anew."""
@@ -159,14 +180,22 @@ class Worker:
         args: Sequence[Any],
         keywords: Mapping[str, Any],
         leaving: Leaving | None = None,
+        deadline: Deadline | None = None,
     ) -> Result:
+        def call() -> Any:
+            value = function(*args, **keywords)
+            return self._loop.wait_for(value, deadline) if inspect.isawaitable(value) else value
+
         start = time.perf_counter()
         try:
-            value = function(*args, **keywords)
-            if inspect.isawaitable(value):
-                value = self._loop.wait_for(value)
+            value = call() if deadline is None else deadline.run(call)
             if leaving is not None:
                 value = leaving(value)
+        except DeadlinePassed as passed:
+            if passed.deadline is not deadline:
+                raise
+            state_of(self.module).metrics.clear()
+            raise self._too_late(method, passed, where) from passed
         except Exception as error:
             state_of(self.module).metrics.clear()
             raise self._error(method, error, where) from error
@@ -178,6 +207,13 @@ class Worker:
     def _error(self, method: str, error: Exception, where: Where) -> ModuleError:
         text = str(error) if isinstance(error, ChatLearnError) else _describe(error)
         return ModuleError(f"{text}\n{self.describe_call(method, where)}")
+
+    def _too_late(self, method: str, passed: DeadlinePassed, where: Where) -> DeadlineError:
+        key = f"models.{self.module.name}.timeout_s"
+        return DeadlineError(
+            f"{self.module.name}.{method} took longer than {key}={passed.deadline.seconds:g} seconds\n"
+            f"  it was at: {passed.place}\n{self.describe_call(method, where)}"
+        )
 
     def describe_call(self, method: str, where: Where) -> str:
         """Name the module, the method, the replica, the episode and the samples of a call, a line each."""
@@ -202,6 +238,8 @@ def _describe(error: Exception) -> str:
 def describe_uids(uids: Sequence[int]) -> str:
     """Return sample uids for people, e.g. `uid 3, 4, 5` (long lists are cut in the middle)."""
     shown = [str(uid) for uid in uids[:_SHOWN_UIDS]]
+    if not shown:
+        return "no samples"
     if len(uids) > _SHOWN_UIDS:
         shown += ["...", str(uids[-1])]
     return f"uid {', '.join(shown)} ({len(uids)} in all)" if len(uids) > 1 else f"uid {uids[0]}"

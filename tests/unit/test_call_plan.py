@@ -42,13 +42,13 @@ def drive(specs: list[NodeSpec], groups: list[int], seed: int, keeps: float) -> 
     run = FlowRun(specs, (), range(len(groups)), groups)
     waiting, sizes, call = list(run.start()), defaultdict[int, dict[int, int]](dict), 0
     while waiting:
-        task = waiting.pop(chance.randrange(len(waiting)))
-        count = task.stop - task.start
+        portion = waiting.pop(chance.randrange(len(waiting)))
+        task, count = portion.task, len(portion.positions)
         sizes[task.node][task.ordinal] = count
         kept = None
         if specs[task.node].filters:
             kept = tuple(i for i in range(count) if chance.random() < keeps)
-        waiting += run.finish(task, call, kept)
+        waiting += run.finish(portion, call, kept)
         call += 1
     assert run.complete
     return {node: tuple(of[i] for i in sorted(of)) for node, of in sizes.items()}

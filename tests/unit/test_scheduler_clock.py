@@ -289,7 +289,7 @@ class Watchful(VirtualClock):
                 missing = [
                     source
                     for source in (*own.spec.inputs, *own.spec.after)
-                    if flow._pieces(source, task.start, task.stop) is None
+                    if not flow._has(source, task)
                 ]
                 assert task.started or missing, f"{own.spec.name} {task} could run"
 
