@@ -21,7 +21,7 @@ from chatlearn.program_checks import check_data, check_placement, check_replay
 from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
 from chatlearn.runtime.flow_run import FlowRun
 from chatlearn.runtime.protocol import node_specs
-from chatlearn.sync_checks import check_syncs
+from chatlearn.sync_checks import check_sync_parameters, check_syncs
 
 
 def compile_program(
@@ -52,7 +52,13 @@ def compile_program(
     ):
         _collect(program, check)
     if not program.problems:  # what needs a module's configuration, or whole graphs
-        for check in (_check_graphs, check_placement, note_what_is_idle, note_what_may_surprise):
+        for check in (
+            _check_graphs,
+            check_placement,
+            check_sync_parameters,
+            note_what_is_idle,
+            note_what_may_surprise,
+        ):
             _collect(program, check)
     return program
 

@@ -27,7 +27,7 @@ from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import ConfigError, describe_function
 from chatlearn.module import BaseModule, resolved_config
 from chatlearn.observability.pass_at_k import measured_ks
-from chatlearn.program import Executor, Program, name_of
+from chatlearn.program import Executor, Program, name_of, unprobed_ends
 from chatlearn.runtime.call_plan import PlannedCalls, planned_calls
 from chatlearn.runtime.protocol import node_specs
 
@@ -250,11 +250,17 @@ def _between(program: Program) -> list[tuple[str, str]]:
     """Say how often weights travel and checkpoints are written."""
     runtime = program.config.runtime
     rows: list[tuple[str, str]] = []
-    for source, destination in program.sync_pairs:
+    for pair in program.sync_pairs:
+        source, destination = pair
         every = resolved_config(destination).sync_frequency
         times = 1 + times_due(runtime.num_episode, every)
         when = f"before the first and after every {_nth(every)}episode: {_times(times)}"
         rows.append((f"sync {source.name} -> {destination.name}", when))
+        if runtime.verify_every:
+            probe = f"with every {_nth(runtime.verify_every)}sync, the first included"
+            if ends := unprobed_ends(pair):
+                probe = f"none, since {' and '.join(ends)} cannot tell: no probe_logprobs()"
+            rows.append(("probe", probe))
     when = "when the run ends or is interrupted"
     if (interval := runtime.save_episode_interval) is not None:
         saves = times_due(runtime.num_episode, interval)

@@ -49,6 +49,8 @@ class ModuleState:
     """Columns of the current call that came from the module's namespace, as the module calls them."""
     is_set_up: bool = False
     """Whether `setup()` has run since the module was last released."""
+    was_ever_set_up: bool = False
+    """Whether `setup()` has ever run: what it made may still be there, of a configuration that is no more."""
     has_lost_weights: bool = False
     """Whether weights that it had received were released since: a further `setup()` makes others."""
     is_running: bool = False

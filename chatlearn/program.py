@@ -49,6 +49,11 @@ class SyncPair:
         """The pair for people: `learner -> policy`."""
         return f"{self.source.name} -> {self.destination.name}"
 
+    @property
+    def said_at(self) -> str:
+        """Where the pair was declared, for errors."""
+        return f"set_parameter_sync at {self.place}"
+
 
 @dataclass(frozen=True)
 class FlowWarning:
@@ -138,6 +143,12 @@ class Program:
             chooses=self.replay_sampler is not None,
         )
         return replace(plan, dataset_size=None) if several else plan
+
+
+def unprobed_ends(pair: SyncPair) -> list[str]:
+    """Name the ends of a pair whose classes tell no log-probs, so that a sync between them has no probe."""
+    plain = BaseModule.probe_logprobs
+    return [module.name for module in pair if type(module).probe_logprobs is plain]
 
 
 def raise_problems(problems: Sequence[ChatLearnError]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import combinations
 
 from chatlearn.module import BaseModule, resolved_config, written_columns
-from chatlearn.program import Program
+from chatlearn.program import Program, unprobed_ends
 
 _OF_TRAINING = (
     "train_global_batch_size",
@@ -54,6 +54,12 @@ def note_what_is_idle(program: Program) -> None:
         )
     if len(owner.sources) == 1:
         _note_set(program, ("data_ratio",), "no effect with one dataset")
+    if not program.sync_pairs:
+        _note_set(program, ("verify_every",), "no effect without a parameter sync")
+    elif runtime.verify_every and all(map(unprobed_ends, program.sync_pairs)):
+        blind = dict.fromkeys(name for pair in program.sync_pairs for name in unprobed_ends(pair))
+        why = f"no effect, since {', '.join(blind)} cannot tell: no probe_logprobs()"
+        _note_set(program, ("verify_every",), why)
     if runtime.train_global_batch_size is None and program.trainer is not None:
         if runtime.stream_data_loader_type == "dynamic":
             program.notes.append(

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with the parameter syncs of a program; all of it known before setup."""
+"""What can be wrong with the parameter syncs of a program; all of it known before setup, without weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from graphlib import TopologicalSorter
 
-from chatlearn.errors import FlowError
-from chatlearn.module import BaseModule
+import torch
+from torch import Tensor, nn
+
+from chatlearn.errors import ChatLearnError, FlowError
+from chatlearn.module import BaseModule, call_hook, state_of
 from chatlearn.program import Program, SyncPair
+from chatlearn.weights.adapters import has_adapters
+from chatlearn.weights.plan import plan_sync
 
 
 def check_syncs(program: Program) -> None:
@@ -19,13 +24,13 @@ def check_syncs(program: Program) -> None:
             if program.graphs and module not in program.modules:
                 raise FlowError(
                     f"set_parameter_sync names {module!r}, which stands in no flow",
-                    place=_place(pair),
+                    place=pair.said_at,
                     fix="call it in a flow, or take the pair away",
                 )
         if source is destination:
             raise FlowError(
                 f"set_parameter_sync pairs {source!r} with itself",
-                place=_place(pair),
+                place=pair.said_at,
                 fix="take the pair away: a module has its own weights already",
             )
     pairs = list(
@@ -48,7 +53,7 @@ def check_syncs(program: Program) -> None:
                 FlowError(
                     f"{len(into)} modules sync into {destination.name!r}, which would keep the weights of the last "
                     f"only: {'; '.join(pair.arrow for pair in into)}",
-                    place=_place(into[-1]),
+                    place=into[-1].said_at,
                     fix="leave one pair, or override load_state_dict() to give each source its place",
                 )
             )
@@ -57,14 +62,65 @@ def check_syncs(program: Program) -> None:
         program.problems.append(
             FlowError(
                 f"parameter syncs go in a circle, so modules overwrite what they learned: {names}",
-                place=_place(pairs[-1]),
+                place=pairs[-1].said_at,
                 fix="take one of the pairs away: weights travel from who learns to who samples",
             )
         )
 
 
-def _place(pair: SyncPair) -> str:
-    return f"set_parameter_sync at {pair.place}"
+def check_sync_parameters(program: Program) -> None:
+    """Compare names, shapes and dtypes of both ends of each pair, as far as they are known before `setup()`.
+
+    What is not known (models that a callable or `setup()` makes, adapters, a `state_dict` or `load_state_dict` of the
+    user's own) is compared by the first sync.
+    """
+    for pair in program.sync_pairs:
+        try:
+            _compare(pair)
+        except ChatLearnError as error:
+            program.problems.append(error)
+
+
+def _compare(pair: SyncPair) -> None:
+    source, destination = pair
+    if type(destination).load_state_dict is not BaseModule.load_state_dict:
+        return
+    ours = _known_parameters(source)
+    theirs = None if ours is None else _known_parameters(destination)
+    if ours is None or theirs is None or _are_one(ours, theirs):
+        return
+    if ours and theirs:
+        plan_sync(ours, theirs, pair=pair.arrow, place=pair.said_at)
+
+
+def _are_one(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Tell whether two descriptions stand for one model; plain dicts would compare their tensors."""
+    return type(ours) is type(theirs) and not isinstance(ours, dict) and ours == theirs
+
+
+def _known_parameters(module: BaseModule) -> Mapping[str, Tensor] | None:
+    """Return the tensors of a module's state without data, or None if they are not known before `setup()`.
+
+    A description holds for the class that gives it; a subclass with a `setup` or `state_dict` of its own may have
+    others. A model from the constructor is the one that is synced, unless an earlier run's `setup()` left it there.
+    """
+    kind, is_plain = type(module), type(module).state_dict is BaseModule.state_dict
+    given = _depth(kind, "describe_parameters")
+    if kind.describe_parameters is not BaseModule.describe_parameters:
+        if given > min(_depth(kind, "setup"), _depth(kind, "state_dict")):
+            return None
+        return call_hook(module, "describe_parameters")
+    made_by_setup = state_of(module).was_ever_set_up and kind.setup is not BaseModule.setup
+    model = module.model
+    if not is_plain or made_by_setup or not isinstance(model, nn.Module) or has_adapters(model):
+        return None
+    state = model.state_dict().items()
+    return {n: torch.empty_like(t, device="meta") for n, t in state if isinstance(t, Tensor)}
+
+
+def _depth(kind: type[BaseModule], name: str) -> int:
+    """Tell how far up a class's ancestors the attribute comes from; 0 is the class itself."""
+    return next(i for i, ancestor in enumerate(kind.__mro__) if name in vars(ancestor))
 
 
 def _circle(pairs: Sequence[SyncPair]) -> list[BaseModule]:

@@ -48,7 +48,7 @@ class Syncs:
                 destination_trains=id(destination) in trained,
                 destination_syncs=receivers.count(id(destination)),
             )
-            sync = ParameterSync(source, replicas, share=share, place=pair.place)
+            sync = ParameterSync(source, replicas, share=share, place=pair.said_at)
             self._pairs.append(_Pair(sync, frequency))
 
     def run_first(self, recorder: Recorder, *, resumed: bool) -> None:

@@ -133,20 +133,11 @@ class _Matching:
     def problems(self) -> list[str]:
         """Say all that does not match, a line each."""
         return [
-            *self._unmatched(self.missing, self.extra, "missing in the source"),
-            *self._unmatched(self.extra, self.missing, "missing in the destination"),
+            *_unmatched(self.missing, self.destination, self.extra, self.source, "source"),
+            *_unmatched(self.extra, self.source, self.missing, self.destination, "destination"),
             *_cut(self._different()),
             *_cut(self._kept_apart()),
         ]
-
-    def _unmatched(self, names: Sequence[str], others: Sequence[str], what: str) -> list[str]:
-        lines: list[str] = []
-        for name in names[:_SHOWN]:
-            close = get_close_matches(name, others, n=1)
-            hint = f" (there: {close[0]})" if close else ""
-            lines.append(f"{name} is {what}{hint}")
-        more = len(names) - len(lines)
-        return lines + [f"and {more} more that are {what}"] * bool(more)
 
     def _different(self) -> list[str]:
         """Say which tensors differ in shape, or in a dtype that cannot be converted."""
@@ -182,6 +173,24 @@ class _Matching:
                     f"{origin} and {other} are one tensor in the destination, and differ in the source"
                 )
         return lines
+
+
+def _unmatched(
+    names: Sequence[str],
+    here: Mapping[str, Any],
+    others: Sequence[str],
+    there: Mapping[str, Any],
+    end: str,
+) -> list[str]:
+    """Say which names an end lacks; with each, the closest of its own that nobody asks for and that has the shape."""
+    lines: list[str] = []
+    for name in names[:_SHOWN]:
+        shape = getattr(here[name], "shape", None)
+        alike = [other for other in others if getattr(there[other], "shape", None) == shape]
+        close = get_close_matches(name, alike, n=1)
+        lines.append(f"{name} is missing in the {end}{f' (close: {close[0]})' if close else ''}")
+    more = len(names) - len(lines)
+    return lines + [f"and {more} more are missing in the {end}"] * bool(more)
 
 
 def _cut(lines: list[str]) -> list[str]:
