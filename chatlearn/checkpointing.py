@@ -3,21 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from chatlearn.checkpoint import changes
 from chatlearn.checkpoint import folder as checkpoints
-from chatlearn.checkpoint.newest import newest
-from chatlearn.checkpoint.state import RunState
+from chatlearn.checkpoint.files import Shapes, find_unloadable
+from chatlearn.checkpoint.newest import newest, whole
+from chatlearn.checkpoint.retention import Retention
+from chatlearn.checkpoint.rng import RngStates
+from chatlearn.checkpoint.state import GivenData, RunState, versions
 from chatlearn.data.feed import Dataset
 from chatlearn.data.fingerprint import fingerprint, name_of
 from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import CheckpointError, ConfigError, DataError
 from chatlearn.flow.batching import Batch
-from chatlearn.module import BaseModule, has_model, resolved_config
+from chatlearn.module import BaseModule, call_hook, has_model, resolved_config
+from chatlearn.observability.metrics import Records
 from chatlearn.program import Program
+from chatlearn.ranking import best_metric, needs_evaluation, unknown_metric
 from chatlearn.stage import Stage
 
 
@@ -28,12 +36,15 @@ class Checkpointing:
         self._program = program
         self._stage = stage
         self._resume = program.config.runtime.resume
+        self._resumed_from: Path | None = None
         self.latest: Path | None = None
         """The checkpoint that was written or resumed from last."""
-        self._given = [{"rows": len(r), "sha256": fingerprint(r)} for r in program.training_rows]
+        self._given = [GivenData(len(r), fingerprint(r)) for r in program.training_rows]
+
+    # ---- before setup ---------------------------------------------------------------------------------------------
 
     def to_resume(self, root: Path) -> tuple[Path | None, list[str]]:
-        """Find the checkpoint to go on from, `root` being the output folder's checkpoints.
+        """Find the checkpoint to go on from, `root` being the output folder's checkpoints; `auto` reads all of it.
 
         Returns:
             The checkpoint, if there is one, and a line for each damaged one that it was preferred to.
@@ -42,7 +53,7 @@ class Checkpointing:
             CheckpointError: `runtime.resume=auto` finds checkpoints, but none that is whole.
         """
         if self._resume == "auto":
-            return newest(root)
+            return newest(root, verified=True)
         return (None if self._resume == "never" else Path(self._resume)), []
 
     def restore(self, root: Path) -> None:
@@ -57,25 +68,37 @@ class Checkpointing:
     def check_named(self) -> None:
         """Refuse a checkpoint that `runtime.resume` names, before anything is written anywhere (see `check`)."""
         if self._resume not in ("auto", "never"):
+            checkpoints.verify(Path(self._resume))
             self.check(Path(self._resume))
 
     def check(self, path: Path) -> RunState:
         """Return a checkpoint's counters; nothing has been set up, and none of its large files is read.
 
         Raises:
-            CheckpointError: it is not whole.
+            CheckpointError: it is not whole, or a module will have weights of other shapes.
             DataError: a dataset is another one than it was.
             ConfigError: samples would be numbered or seeded otherwise.
         """
         state = checkpoints.check(path)
         self._refuse_other_data(path, state)
         self._refuse_other_sampling(path, state)
+        saved = checkpoints.saved_shapes(path, state)
+        for module in self._stage.modules:
+            described = call_hook(module, "describe_parameters") if module.name in saved else None
+            if described is not None:
+                changes.refuse_other_shapes(
+                    path, module.name, saved[module.name], shapes_of(described)
+                )
         return state
 
     def goes_on_in(self, folder: Path) -> bool:
         """Tell whether the run to resume lies in `folder`; what else lies there belongs to an earlier run."""
-        checkpoint, _ = self.to_resume(folder / "checkpoints")
-        return checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve())
+        if self._resume == "auto":
+            return newest(folder / "checkpoints")[0] is not None
+        named = None if self._resume == "never" else Path(self._resume)
+        return named is not None and named.resolve().is_relative_to(folder.resolve())
+
+    # ---- saving ---------------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -83,14 +106,63 @@ class Checkpointing:
         state: RunState,
         sampler: PromptSampler,
         datasets: Sequence[Dataset],
-        rng: checkpoints.RngStates | None,
+        *,
+        rng: RngStates | None,
         replay: Replay | None,
-    ) -> Path | None:
-        """Write a checkpoint below `root`, unless the run wrote the one of this episode or went on from it."""
+        records: Records,
+    ) -> list[str]:
+        """Write a checkpoint below `root`, unless the run wrote the one of this episode or went on from it.
+
+        Returns:
+            What to say: where it lies, if one was written, and what of the older ones could not be removed.
+
+        Raises:
+            CheckpointError: it cannot be written; it says what is not saved.
+            ConfigError: it is written, and `best_metric` names nothing that this episode measured.
+        """
         target = checkpoints.path_of(root, state.episode)
         if self.latest is not None and self.latest.resolve() == target.resolve():
-            return None
-        modules = self._stage.modules
+            return []
+        self._take_down(root, state, sampler, datasets, replay, records)
+        self._hook("save_checkpoint", state)
+        try:
+            self.latest = checkpoints.save(
+                root,
+                state,
+                self._replicas(),
+                with_weights=self._weights_to_save(),
+                rng=rng,
+                replay=None if replay is None else replay.state(),
+                metrics=records.lines,
+            )
+        except CheckpointError as error:
+            lost = f"what came after {self.latest.name}" if self.latest else "the whole run so far"
+            raise CheckpointError(
+                f"{error.cause}; not saved is {lost}", place=error.place, fix=error.fix
+            ) from error
+        return [f"checkpoint: {self.latest}", *self._retain(root, state)]
+
+    def refuse_unknown_metric(self, names: Collection[str]) -> None:
+        """Refuse a `best_metric` that an evaluation, which measured `names`, does not know.
+
+        Raises:
+            ConfigError: listing what there is.
+        """
+        if self._keeps_best and best_metric(self._program, names) is None:
+            raise unknown_metric(self._program, names)
+
+    def _take_down(
+        self,
+        root: Path,
+        state: RunState,
+        sampler: PromptSampler,
+        datasets: Sequence[Dataset],
+        replay: Replay | None,
+        records: Records,
+    ) -> None:
+        """Have `state` hold everything that goes into `checkpoint.json`."""
+        modules, config = self._stage.modules, self._program.config
+        configs = self._program.module_configs
         state.prompts_drawn = sampler.drawn
         state.dataset_sizes = [len(dataset) for dataset in datasets]
         state.datasets = self._given
@@ -98,17 +170,31 @@ class Checkpointing:
         state.policy_versions = {module.name: module.policy_version for module in modules}
         state.sampling = self._sampling()
         state.replay = _settings(replay)
-        state.config_digest = self._program.config.digest(self._program.module_configs)
-        self._hook("save_checkpoint", state)
-        self.latest = checkpoints.save(
-            root,
-            state,
-            self._replicas(),
-            with_weights=self._weights_to_save(),
-            rng=rng,
-            replay=None if replay is None else replay.state(),
-        )
-        return self.latest
+        state.config_digest = config.digest(configs)
+        state.config = config.to_dict(configs)
+        state.versions = versions()
+        described = {module.name: changes.architecture(module) for module in modules}
+        state.architectures = {name: a for name, a in described.items() if a is not None}
+        state.metrics, state.transcripts = dict(records.metrics), records.transcripts
+        others = [other.sequence for other in whole(root).values()]
+        state.sequence = max([state.sequence, *others]) + 1
+
+    def _retain(self, root: Path, state: RunState) -> list[str]:
+        """Remove the checkpoints that need not stay."""
+        runtime = self._program.config.runtime
+        metric = best_metric(self._program, state.metrics)
+        keep = [path for path in (self.latest, self._resumed_from) if path is not None]
+        problems = Retention(runtime.keep_last, runtime.keep_best or 0, metric).apply(root, keep)
+        if self._keeps_best and metric is None and not needs_evaluation(self._program):
+            raise unknown_metric(self._program, state.metrics)
+        return problems
+
+    @property
+    def _keeps_best(self) -> bool:
+        runtime = self._program.config.runtime
+        return runtime.keep_last is not None and runtime.keep_best is not None
+
+    # ---- resuming -------------------------------------------------------------------------------------------------
 
     def resume(
         self,
@@ -122,7 +208,7 @@ class Checkpointing:
         Returns:
             The run's state, and what of it may surprise.
         """
-        state = RunState.read(path)
+        state = checkpoints.check(path)
         sizes = [len(dataset) for dataset in datasets]
         if state.dataset_sizes != sizes:
             raise ConfigError(
@@ -130,16 +216,37 @@ class Checkpointing:
                 place=str(path),
                 fix="resume with the same datasets, or start anew with runtime.resume=never",
             )
+        self._refuse_other_models(path, state)
         replicas = self._replicas()
         checkpoints.load(path, replicas, required=self._own_weights())
         sampler.drawn = state.prompts_drawn
         self._stage.iterations.update(state.counts())
         for replica in replicas:
             replica.policy_version = state.policy_versions.get(replica.name, 0)
-        notes = _resume_replay(path, state, replay)
+        program = self._program
+        notes = [
+            *changes.config_changes(state.config, program.config.to_dict(program.module_configs)),
+            *changes.version_changes(state),
+            *changes.left_behind(state, [module.name for module in self._stage.modules]),
+            *_resume_replay(path, state, replay),
+        ]
         self._hook("load_checkpoint", state)
-        self.latest = path
+        self.latest = self._resumed_from = path
         return state, notes
+
+    def _refuse_other_models(self, path: Path, state: RunState) -> None:
+        """Refuse models that the checkpoint does not fit, before any of them is touched."""
+        saved = checkpoints.saved_shapes(path, state)
+        for module in self._stage.modules:
+            if module.name in saved:
+                changes.refuse_other_architecture(
+                    path, state.architectures.get(module.name), module
+                )
+            # A load_state_dict of the user's own may take what a plain one would refuse.
+            plain = type(module).load_state_dict is BaseModule.load_state_dict
+            if module.name in saved and plain:
+                now = shapes_of(call_hook(module, "state_dict"))
+                changes.refuse_other_shapes(path, module.name, saved[module.name], now)
 
     def _replicas(self) -> list[BaseModule]:
         workers = self._stage.runtime.workers
@@ -157,14 +264,14 @@ class Checkpointing:
             )
         owner = self._program.data_owner
         for number, (now, then) in enumerate(zip(new, old, strict=True)):
-            known = now["sha256"] and then["sha256"]
-            if now["rows"] == then["rows"] and not (known and now["sha256"] != then["sha256"]):
+            known = now.sha256 and then.sha256
+            if now.rows == then.rows and not (known and now.sha256 != then.sha256):
                 continue
             source = owner.sources[number] if owner is not None else ""
             what = (
-                f"it has {now['rows']} rows, and had {then['rows']}"
-                if now["rows"] != then["rows"]
-                else f"it still has {now['rows']} rows, but not the same ones"
+                f"it has {now.rows} rows, and had {then.rows}"
+                if now.rows != then.rows
+                else f"it still has {now.rows} rows, but not the same ones"
             )
             raise DataError(
                 f"{name_of(source, number)} changed since the run was saved: {what}",
@@ -209,6 +316,11 @@ class Checkpointing:
         return self._own_weights() | others
 
 
+def shapes_of(state: Mapping[str, Any]) -> Shapes:
+    """Return names and shapes of the tensors of a state dict."""
+    return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
+
+
 def _may_change(module: BaseModule) -> bool:
     """Tell whether a module holds more than frozen weights."""
     if type(module).state_dict is not BaseModule.state_dict:
@@ -223,7 +335,7 @@ def refuse_unkeepable(samples: Batch, episode: int) -> None:
         CheckpointError: a column holds something that could not be loaded again.
     """
     for name, column in samples.items():
-        if found := checkpoints.find_unloadable(column):
+        if found := find_unloadable(column):
             raise CheckpointError(
                 f"column {name!r} holds a {found[1]}, which a checkpoint cannot keep for replay",
                 place=f"the samples of episode {episode + 1}",

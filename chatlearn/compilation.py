@@ -19,6 +19,7 @@ from chatlearn.module import call_hook, resolve_config, resolved_config
 from chatlearn.program import Executor, Program, SyncPair
 from chatlearn.program_checks import check_data, check_placement, check_replay
 from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
+from chatlearn.ranking import check_best_metric
 from chatlearn.runtime.flow_run import FlowRun
 from chatlearn.runtime.protocol import node_specs
 from chatlearn.sync_checks import check_sync_parameters, check_syncs
@@ -56,6 +57,7 @@ def compile_program(
             _check_graphs,
             check_placement,
             check_sync_parameters,
+            check_best_metric,
             note_what_is_idle,
             note_what_may_surprise,
         ):

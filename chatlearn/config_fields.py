@@ -76,11 +76,12 @@ class RuntimeConfig(BaseModel):
     save_episode_interval: int | None = Field(default=None, ge=1)
     """Episodes between two checkpoints; None saves only when the run ends or is interrupted."""
     keep_last: int | None = Field(default=None, ge=1)
-    """Checkpoints that stay, the newest ones; None keeps all."""
+    """Checkpoints that stay, the newest ones; None keeps all. The one that a run resumed from stays besides."""
     keep_best: int | None = Field(default=None, ge=1)
-    """Checkpoints that stay besides, those with the highest `best_metric`; None keeps none for that reason."""
+    """Checkpoints that stay besides, those with the best `best_metric`; None keeps none for that reason."""
     best_metric: str | None = None
-    """Metric that `keep_best` goes by, e.g. `eval/reward/rewards`; None takes the first reward of the evaluation."""
+    """Metric that `keep_best` goes by, named as in `metrics.jsonl`: `eval/reward/rewards`. Higher is better; with `-`
+    before the name, lower is. None takes what the evaluation is for: its accuracy or pass@1, else its first reward."""
     verify_every: int = Field(default=10, ge=0)
     """Parameter syncs between two probes: log-probs of a fixed prompt, compared between both ends; 0 never probes.
     That every tensor arrived is verified after every sync."""

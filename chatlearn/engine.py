@@ -16,7 +16,8 @@ from chatlearn.flow.symbol import user_place
 from chatlearn.inspection import intercept
 from chatlearn.module import BaseModule, refuse_running
 from chatlearn.program import Program, SyncPair, raise_problems
-from chatlearn.run import Run, RunResult
+from chatlearn.result import RunResult
+from chatlearn.run import Run
 from chatlearn.stage import Results, Stage
 
 

@@ -52,6 +52,10 @@ def note_what_is_idle(program: Program) -> None:
             f"the evaluator is never asked: runtime.eval_episode_interval={runtime.eval_episode_interval} exceeds "
             f"runtime.num_episode={runtime.num_episode}"
         )
+    if runtime.keep_last is None:
+        _note_set(program, ("keep_best",), "no effect without runtime.keep_last, which keeps all")
+    if runtime.keep_best is None:
+        _note_set(program, ("best_metric",), "no effect without runtime.keep_best")
     if len(owner.sources) == 1:
         _note_set(program, ("data_ratio",), "no effect with one dataset")
     if not program.sync_pairs:

@@ -6,44 +6,32 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from chatlearn.arithmetic import is_due
-from chatlearn.checkpoint import folder as checkpoints
+from chatlearn.checkpoint import rng
+from chatlearn.checkpoint.folder import load_metrics
 from chatlearn.checkpoint.state import RunState
 from chatlearn.checkpointing import Checkpointing
 from chatlearn.data.feed import Dataset, Feed
 from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.episode import EpisodeFlows
+from chatlearn.errors import CheckpointError
 from chatlearn.executors import EvalInfo, Evaluator
+from chatlearn.exporting import export_models
 from chatlearn.interruption import Interruption
-from chatlearn.module import BaseModule, call_hook, mark_running
+from chatlearn.module import BaseModule, mark_running
+from chatlearn.observability.headline import EVAL
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
+from chatlearn.result import RunResult
 from chatlearn.runtime.work import Outcome
 from chatlearn.runtime.worker import Where
 from chatlearn.stage import Results, Stage
 from chatlearn.syncs import Syncs
-
-
-@dataclass
-class RunResult:
-    """What `learn()` returns: how far the run came, and where its things lie."""
-
-    episodes: int
-    train_iteration: int
-    seconds: float
-    folder: Path
-    metrics: dict[str, float] = field(default_factory=dict[str, float], repr=False)
-    """Of the last episode."""
-    evaluations: list[tuple[int, dict[str, float]]] = field(
-        default_factory=list[tuple[int, dict[str, float]]], repr=False
-    )
-    """Episodes done and the metrics, of every evaluation of the run, resumed parts included."""
 
 
 class Run:
@@ -61,7 +49,7 @@ class Run:
         self.state = RunState()
         self.result = RunResult(0, 0, 0.0, Path())
         self._resume_from: Path | None = None
-        self._rng_to_save: checkpoints.RngStates | None = None
+        self._rng_to_save: rng.RngStates | None = None
         """The states before calls that a resumed run makes again; None stands for the present ones."""
         self._module_seconds = 0.0
         self._open_episode: int | None = None
@@ -112,7 +100,7 @@ class Run:
             done=done,
             resumed=self._resume_from is not None,
         )
-        checkpoints.seed_all(self.config.seed)  # initial weights, and whatever modules draw
+        rng.seed_all(self.config.seed)  # initial weights, and whatever modules draw
         with self._recorder.phase("setup"):
             self.stage.set_up(
                 anew=True
@@ -127,18 +115,27 @@ class Run:
             self._replay,
             lambda: self._interruption.requested,
         )
-        notes = self.program.remarks
-        if self._resume_from is not None:
-            self.state, surprises = self._checkpointing.resume(
-                self._resume_from, self._sampler, self._datasets, self._replay
-            )
-            resumed = f"resumed from {self._resume_from}: {self.state.episode} episodes done"
-            notes = [*damaged, resumed, *surprises, *notes]
+        resumed = self._go_on_from(self._resume_from) if self._resume_from is not None else []
         self._show_progress_of_calls(self._tick)
-        for note in notes:
+        for note in [*damaged, *resumed, *self.program.remarks]:
             self._recorder.note(note)
         self._recorder.begin()
         self._interruption.may_raise = False
+
+    def _go_on_from(self, path: Path) -> list[str]:
+        """Bring the run and its folder to a checkpoint; return what to say about it."""
+        self.state, surprises = self._checkpointing.resume(
+            path, self._sampler, self._datasets, self._replay
+        )
+        folder = self._recorder.folder.path
+        surprises += self._recorder.go_on(
+            self.program.graphs,
+            self.program.module_configs,
+            self.state.episode,
+            saved=load_metrics(path),
+            transcripts=self.state.transcripts if self._checkpointing.goes_on_in(folder) else 0,
+        )
+        return [f"resumed from {path}: {self.state.episode} episodes done", *surprises]
 
     def __exit__(
         self,
@@ -152,7 +149,7 @@ class Run:
             if error is None or (stopped and self._is_whole and not interruption.is_forced):
                 self._finish(complete=not stopped)
             elif not interruption.is_forced:
-                self._keep_what_was_done()
+                self._keep_what_was_done(error)
         finally:
             self._end(KeyboardInterrupt() if stopped else error)
         if stopped:
@@ -167,7 +164,7 @@ class Run:
         if not complete:
             self._recorder.note("stopped; the same command with runtime.resume=auto goes on")
         if complete:
-            self._export()
+            export_models(self.program, self._recorder)
         self.result.episodes = self.state.episode
         self.result.train_iteration = self.state.train_iteration
         self.stage.episode, self.stage.train_iteration = (
@@ -189,7 +186,7 @@ class Run:
             for worker in workers:
                 worker.module.progress = tick
 
-    def _keep_what_was_done(self) -> None:
+    def _keep_what_was_done(self, failure: BaseException | None) -> None:
         """After a failure, or a Ctrl-C of the user's own code, leave the episodes that are done.
 
         Once a train step has touched them, they cannot be saved any more: what was saved before remains.
@@ -206,7 +203,8 @@ class Run:
         try:
             if self._open_episode == self.state.episode:
                 self._record_episode()  # it failed in its evaluation or checkpoint
-            self._save()
+            if not isinstance(failure, CheckpointError):  # else nothing can be saved
+                self._save()
             self._recorder.finish(
                 self.state.episode, time.perf_counter() - self._start, complete=False
             )
@@ -220,18 +218,6 @@ class Run:
             self._syncs.release()
         self._interruption.release()
         self._recorder.close(error)
-
-    def _export(self) -> None:
-        """Write trained models in a format others load: `model/`, or `model/<name>/` for several."""
-        graph = self.program.graphs.get("trainer_flow")
-        modules = graph.modules if graph else []
-        trainers = [m for m in modules if type(m).export_model is not BaseModule.export_model]
-        target = self._recorder.folder.model
-        for module in trainers:
-            folder = target if len(trainers) == 1 else target / module.name
-            with self._recorder.phase("exporting"):
-                call_hook(module, "export_model", folder)
-            self._recorder.note(f"model of {module.name}: {folder}")
 
     # ---- the steps of an episode ----------------------------------------------------------------------------------
 
@@ -252,7 +238,7 @@ class Run:
         while self.state.episode < self.config.num_episode and not self._interruption.requested:
             self._call_after_episode()  # of the episode that a checkpoint between episodes resumed
             self._recorder.begin_episode(self.state.episode + 1)
-            self._rng_to_save = checkpoints.rng_states()
+            self._rng_to_save = rng.rng_states()
             self.stage.runtime.hook("before_episode", episode=self.state.episode + 1)
             self._open_episode = self.state.episode + 1
             yield self.state.episode
@@ -273,7 +259,7 @@ class Run:
             if name not in due:
                 continue
             if type(workers[0].module).after_episode is not BaseModule.after_episode:
-                self._rng_to_save = checkpoints.rng_states()
+                self._rng_to_save = rng.rng_states()
             for worker in workers:
                 worker.hook("after_episode", where=Where(self.state.episode))
             due.remove(name)
@@ -340,6 +326,7 @@ class Run:
                 note=self._recorder.note,
             )
         self._recorder.evaluation_done(self.state.episode, results, evaluator.metrics)
+        self._checkpointing.refuse_unknown_metric([EVAL + name for name in evaluator.metrics])
         return results
 
     def save_if_due(self) -> None:
@@ -371,10 +358,17 @@ class Run:
         self._recorder.samples(self.state.episode + 1, outcome.samples.everything())
 
     def _save(self) -> None:
-        root = self._recorder.folder.checkpoints
+        root, state = self._recorder.folder.checkpoints, self.state
+        records = self._recorder.records(state.episode, state.train_iteration, self._module_seconds)
         with self._recorder.phase("checkpoint"):
-            path = self._checkpointing.save(
-                root, self.state, self._sampler, self._datasets, self._rng_to_save, self._replay
+            saved = self._checkpointing.save(
+                root,
+                state,
+                self._sampler,
+                self._datasets,
+                rng=self._rng_to_save,
+                replay=self._replay,
+                records=records,
             )
-        if path is not None:
-            self._recorder.note(f"checkpoint: {path}")
+        for note in saved or []:
+            self._recorder.note(note)

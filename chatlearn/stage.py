@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from chatlearn.checkpoint.folder import restore_rng, rng_states, seed_all
+from chatlearn.checkpoint.rng import restore_rng, rng_states, seed_all
 from chatlearn.config import RuntimeConfig
 from chatlearn.data.feed import Dataset, Feed
 from chatlearn.data.prompts import PromptDataset, Rows

@@ -6,57 +6,44 @@
     checkpoints/
       latest                            the name of the newest whole checkpoint
       episode-000012/
-        checkpoint.json                 counters (see `state.py`)
+        checkpoint.json                 counters, configuration, versions, digests (see `state.py`)
         rng.pt                          states of torch's and Python's generators
+        metrics.jsonl                   the run's rows so far, the one of this episode included
         replay.pt                       the episodes kept for replay, if there is any (columns per episode)
         modules/<name>/weights.safetensors
         modules/<name>/training.pt      optimiser and schedule
         modules/<name>/training-1.pt    what replica 1 keeps for itself, if it keeps anything
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so a crash leaves the last one whole.
-Nothing is ever unpickled: weights are safetensors, the rest is loaded with `weights_only=True`.
+A checkpoint is written under a temporary name, flushed to disk and renamed, so a crash leaves the last one whole. What
+is deleted is renamed first, so that half of it is never taken for a checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from chatlearn.checkpoint import files
+from chatlearn.checkpoint.rng import RngStates, restore_rng, rng_states
 from chatlearn.checkpoint.state import RunState
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import ChatLearnError, CheckpointError
 from chatlearn.module import BaseModule, call_hook
 
 LATEST = "latest"
 REPLACED = ".replaced-"
 """Begins the name of a checkpoint while a newer one of the same episode takes its place."""
-_OLDER = "resume from an older one with runtime.resume=<path>"
-_LOADABLE = {
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bytearray,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-}
-"""With tensors and containers of them, what `weights_only=True` reads; subclasses of these it does not."""
+_PARTIAL = ".partial-"
+_REMOVED = ".removed-"
+_METRICS = "metrics.jsonl"
+_RNG = "rng.pt"
 _REPLAY = "replay.pt"
-
-RngStates = dict[str, Any]
+_WEIGHTS = "weights.safetensors"
 
 
 def save(
@@ -67,49 +54,89 @@ def save(
     with_weights: Collection[str],
     rng: RngStates | None = None,
     replay: Sequence[Mapping[str, Any]] | None = None,
+    metrics: str = "",
 ) -> Path:
     """Write a checkpoint below `root` and make it the latest.
 
     Args:
         root: the folder of all checkpoints.
-        state: the counters.
+        state: the counters; its `files` and `digests` are filled in.
         modules: every replica of every module of the run; each one's `training_state()` is saved.
         with_weights: names of the modules whose `state_dict()` is saved too, of replica 0.
         rng: states of the random generators to go on from, if not the present ones.
         replay: the episodes kept for replay, if the run keeps any.
+        metrics: the lines of `metrics.jsonl` up to this episode.
 
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints are untouched.
     """
     target = path_of(root, state.episode)
-    partial = root / f".partial-{os.getpid()}"
+    partial = root / f"{_PARTIAL}{os.getpid()}"
     try:
-        _make_way(root / LATEST)
-        _clear(root)
-        partial.mkdir(parents=True)
-        for module in modules:
-            _save_module(partial / "modules" / module.name, module, module.name in with_weights)
-        torch.save(rng or rng_states(), partial / "rng.pt")
-        if replay is not None:
-            torch.save(list(replay), partial / _REPLAY)
-        state.files = {name: path.stat().st_size for name, path in _files(partial)}
-        (partial / "checkpoint.json").write_text(state.to_json(), encoding="utf-8")
-        _flush(partial)
-        if target.exists():  # saved anew after going on from an older one
-            target.rename(root / f"{REPLACED}{os.getpid()}")
-        partial.rename(target)
-        _point_at(root, target.name)
-        _clear(root)
-    except (OSError, RuntimeError) as error:
+        with files.writing(f"the checkpoint of episode {state.episode} could not be written", root):
+            _make_way(root / LATEST)
+            clear(root)
+            root.mkdir(
+                exist_ok=True
+            )  # and not its parents: a run folder that vanished is no new one
+            partial.mkdir()
+            for module in modules:
+                _save_module(partial / "modules" / module.name, module, module.name in with_weights)
+            files.write_values(partial / _RNG, rng or rng_states())
+            if replay is not None:
+                files.write_values(partial / _REPLAY, list(replay))
+            (partial / _METRICS).write_text(metrics, encoding="utf-8", newline="\n")
+            _seal(partial, state)
+            _publish(root, partial, target)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(CheckpointError):
             restore(root)
-        raise CheckpointError(
-            f"the checkpoint of episode {state.episode} could not be written: {error}",
-            place=str(root),
-            fix="free space or choose another runtime.output_dir; earlier checkpoints are untouched",
-        ) from error
+        raise
+    with suppress(OSError):  # it is written; what it replaced goes with the next one
+        clear(root)
     return target
+
+
+def _make_way(latest: Path) -> None:
+    """Have nothing stand where `latest` is written; a folder with files in it is somebody's, and stays."""
+    if latest.is_symlink() or not latest.is_dir():
+        return
+    try:
+        latest.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"no checkpoint can be written: {latest.name} is a folder, and names the newest checkpoint as a file",
+            place=str(latest),
+            fix="move that folder elsewhere, or choose another runtime.output_dir",
+        ) from error
+
+
+def _seal(partial: Path, state: RunState) -> None:
+    """Take every file's size and digest down, and have all of it on disk before a rename makes it visible."""
+    state.files, state.digests = {}, {}
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        name = path.relative_to(partial).as_posix()
+        state.files[name], state.digests[name] = path.stat().st_size, files.digest(path)
+        files.flush(path)
+    files.write_text(partial / "checkpoint.json", state.to_json())
+    for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+        files.flush(folder)
+
+
+def _publish(root: Path, partial: Path, target: Path) -> None:
+    """Give a checkpoint its name, then have `latest` name it; what that takes on a disk is taken before."""
+    pointer = root / f".{LATEST}-{os.getpid()}"
+    try:
+        files.write_text(pointer, target.name + "\n")
+        if target.exists():  # saved anew after going on from an older one
+            target.rename(root / f"{REPLACED}{os.getpid()}")
+        partial.rename(target)
+        files.flush(root)
+        pointer.replace(root / LATEST)
+        files.flush(root)
+    finally:
+        pointer.unlink(missing_ok=True)
 
 
 def path_of(root: Path, episode: int) -> Path:
@@ -149,25 +176,66 @@ def restore(root: Path) -> None:
             ) from error
 
 
-def check(folder: Path) -> RunState:
-    """Return the counters of a checkpoint that is whole, without reading its large files.
+def remove(path: Path) -> None:
+    """Delete a checkpoint; a crash on the way leaves nothing that could be taken for one.
 
     Raises:
-        CheckpointError: a file is missing or has another size than it was written with.
+        OSError: it cannot be written there.
+    """
+    gone = path.with_name(f"{_REMOVED}{os.getpid()}-{path.name}")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear(root: Path) -> None:
+    """Remove what a crash left half-written or half-deleted, and what a checkpoint of the same episode has replaced."""
+    restore(root)
+    for start in (_PARTIAL, REPLACED, _REMOVED):
+        for leftover in root.glob(f"{start}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in root.glob(f".{LATEST}-*"):
+        leftover.unlink(missing_ok=True)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def check(folder: Path) -> RunState:
+    """Return the counters of a checkpoint whose files have the sizes they were written with; none is opened.
+
+    Raises:
+        CheckpointError: a file is missing, has another size, or lies elsewhere.
     """
     state = RunState.read(folder)
     for name, expected in state.files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+            raise _damaged(f"it names a file outside of it: {name!r}", folder)
         try:
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint is damaged: {error}", place=str(folder), fix=_OLDER
-            ) from error
+            raise _damaged(str(error), folder) from error
         if found != expected:
             what = "is missing" if found is None else f"has {found} bytes instead of {expected}"
-            raise CheckpointError(
-                f"the checkpoint is damaged: {name} {what}", place=str(folder / name), fix=_OLDER
-            )
+            raise _damaged(f"{name} {what}", folder / name)
+    return state
+
+
+def verify(folder: Path) -> RunState:
+    """Return the counters of a checkpoint that is whole: every byte is read once, and every file can be loaded.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    state = check(folder)
+    for name in state.files:
+        path = folder / name
+        if state.digests and files.read(path, files.digest) != state.digests.get(name):
+            raise _damaged(f"{name} has other content than was written", path)
+        if path.suffix == ".pt":
+            files.read(path, lambda path: files.read_values(path, skim=True))
+        elif path.suffix == ".safetensors":
+            files.read(path, files.weight_shapes)
     return state
 
 
@@ -181,58 +249,80 @@ def load(
 
     Raises:
         CheckpointError: a file is missing or damaged, a module does not fit, or the weights of a module named in
-            `required` are not there.
+            `required` are not there. Modules may have been changed by then: set them up anew before another try.
     """
     state = check(folder)
     for module in modules:
-        _load_module(folder / "modules" / module.name, module, module.name in required)
-    restore_rng(_read(folder / "rng.pt", _load_tensors))
+        _load_module(folder, state, module, module.name in required)
+    try:
+        restore_rng(files.read(folder / _RNG, files.read_values))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(f"{_RNG} holds no states of random generators", folder / _RNG) from error
     return state
 
 
 def load_replay(folder: Path) -> list[dict[str, Any]] | None:
     """Return the episodes that a checkpoint kept for replay, None if its run kept none."""
-    path = folder / _REPLAY
-    return _read(path, _load_where_it_was) if path.exists() else None
+    from torch.cuda import is_available
+
+    if _REPLAY not in check(folder).files:
+        return None
+    # Samples come back to the device that new ones are made on, if this machine has it.
+    where = None if is_available() else "cpu"
+    kept: Any = files.read(folder / _REPLAY, lambda path: files.read_values(path, where=where))
+    parts = cast("list[Any]", kept if isinstance(kept, list) else [None])
+    if not all(isinstance(part, dict) and {"episode_id", "columns"} <= {*part} for part in parts):
+        raise _damaged(f"{_REPLAY} holds no episodes", folder / _REPLAY)
+    return parts
 
 
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [(path.relative_to(folder).as_posix(), path) for path in files]
+def load_metrics(folder: Path) -> str | None:
+    """Return the lines of `metrics.jsonl` up to a checkpoint, None if its version did not keep them."""
+    path = folder / _METRICS
+    if _METRICS not in check(folder).files:
+        return None
+    return files.read(path, lambda path: path.read_text(encoding="utf-8"))
 
 
-def _clear(root: Path) -> None:
-    """Remove what a crash left half-written, and what a checkpoint of the same episode has replaced."""
-    restore(root)
-    for leftover in (*root.glob(".partial-*"), *root.glob(f"{REPLACED}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+def saved_shapes(folder: Path, state: RunState) -> dict[str, files.Shapes]:
+    """Return names and shapes of the weights that a checkpoint holds, per module."""
+    weights = [PurePosixPath(name) for name in state.files if name.endswith(f"/{_WEIGHTS}")]
+    return {
+        "/".join(path.parts[1:-1]): files.read(folder / path, files.weight_shapes)
+        for path in weights
+    }
+
+
+def _damaged(what: str, place: Path) -> CheckpointError:
+    return CheckpointError(f"the checkpoint is damaged: {what}", place=str(place), fix=files.OLDER)
+
+
+# ---- modules ------------------------------------------------------------------------------------------------------
 
 
 def _save_module(folder: Path, module: BaseModule, with_weights: bool) -> None:
-    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
-
     state: Mapping[str, Any] = (
         call_hook(module, "state_dict") if with_weights and not module.replica_id else {}
     )
-    weights = _unshared({k: v for k, v in state.items() if isinstance(v, Tensor)})
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     plain = {name: value for name, value in state.items() if name not in weights}
     training: dict[str, Any] = {"training": call_hook(module, "training_state"), "plain": plain}
     _refuse_unloadable(training, module)
     if weights or any(training.values()):
         folder.mkdir(parents=True, exist_ok=True)
     if weights:
-        save_file(weights, folder / "weights.safetensors")
+        files.write_weights(folder / _WEIGHTS, weights)
     if any(training.values()):
-        torch.save(training, _training_file(folder, module))
+        files.write_values(folder / _training_file(module.replica_id), training)
 
 
-def _training_file(folder: Path, module: BaseModule) -> Path:
-    return folder / (f"training-{module.replica_id}.pt" if module.replica_id else "training.pt")
+def _training_file(replica: int) -> str:
+    return f"training-{replica}.pt" if replica else "training.pt"
 
 
 def _refuse_unloadable(value: Any, module: BaseModule) -> None:
     """Refuse at once what could not be read again."""
-    if found := find_unloadable(value):
+    if found := files.find_unloadable(value):
         path, kind = found
         raise CheckpointError(
             f"the state of module {module.name!r} holds a {kind}, which a checkpoint cannot keep",
@@ -241,47 +331,21 @@ def _refuse_unloadable(value: Any, module: BaseModule) -> None:
         )
 
 
-def find_unloadable(value: Any) -> tuple[str, str] | None:
-    """Find a value that no checkpoint can keep: only tensors and plain values are loaded, nothing is unpickled.
-
-    Returns:
-        Its path within `value` and the name of its type, or None.
-
-    Example:
-        >>> find_unloadable({"rows": [1, object()]})
-        ("['rows'][...]", 'object')
-    """
-    kind = type(cast("object", value))
-    if kind in _LOADABLE or isinstance(value, Tensor):
-        return None
-    if kind in (dict, OrderedDict, Counter):
-        entries = cast("dict[Any, Any]", value).items()
-        found = ((f"[{key!r}]", find_unloadable(key) or find_unloadable(v)) for key, v in entries)
-    elif kind in (list, tuple, set):
-        found = (("[...]", find_unloadable(v)) for v in cast("Iterable[Any]", value))
-    else:
-        return "", kind.__name__
-    return next(((f"{step}{inner[0]}", inner[1]) for step, inner in found if inner), None)
-
-
-def _load_module(folder: Path, module: BaseModule, required: bool) -> None:
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
-    weights = folder / "weights.safetensors"
+def _load_module(folder: Path, state: RunState, module: BaseModule, required: bool) -> None:
+    own = f"modules/{module.name}"
+    weights, training = f"{own}/{_WEIGHTS}", f"{own}/{_training_file(0)}"
+    replica = f"{own}/{_training_file(module.replica_id)}"
     try:
         other: dict[str, Any] = {}
-        if (folder / "training.pt").exists():
-            other = _read(folder / "training.pt", _load_tensors)
-        if module.replica_id and (own := _training_file(folder, module)).exists():
-            other = {**other, "training": _read(own, _load_tensors)["training"]}
-        state: dict[str, Any] = {
-            **(
-                _read(weights, cast("Callable[[Path], Any]", load_file)) if weights.exists() else {}
-            ),
-            **other.get("plain", {}),
-        }
-        if state:
-            module.load_state_dict(state)
+        if training in state.files:
+            other = files.read(folder / training, files.read_values)
+        if replica != training and replica in state.files:
+            other["training"] = files.read(folder / replica, files.read_values)["training"]
+        values: dict[str, Any] = dict(other.get("plain", {}))
+        if weights in state.files:
+            values |= files.read(folder / weights, files.read_weights)
+        if values:
+            module.load_state_dict(values)
         elif required and module.state_dict():
             raise CheckpointError(
                 f"the checkpoint holds no weights of module {module.name!r}",
@@ -290,104 +354,11 @@ def _load_module(folder: Path, module: BaseModule, required: bool) -> None:
             )
         if other.get("training"):
             module.load_training_state(other["training"])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the checkpoint does not fit module {module.name!r}: {error}",
-            place=str(folder),
-            fix="resume with the model and optimiser that the run was started with",
-        ) from error
-
-
-def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    try:
-        return reader(path)
+    except ChatLearnError:
+        raise
     except Exception as error:
         raise CheckpointError(
-            f"the checkpoint is damaged: {type(error).__name__}: {error}",
-            place=str(path),
-            fix=_OLDER,
+            f"the checkpoint does not fit module {module.name!r}: {type(error).__name__}: {error}",
+            place=str(folder / own),
+            fix="resume with the model and optimiser that the run was started with",
         ) from error
-
-
-def _load_tensors(path: Path) -> Any:
-    return torch.load(path, weights_only=True, map_location="cpu")
-
-
-def _load_where_it_was(path: Path) -> Any:
-    """Samples come back to the device that new ones are made on, if this machine has it."""
-    where = None if torch.cuda.is_available() else "cpu"
-    return torch.load(path, weights_only=True, map_location=where)
-
-
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give every name storage of its own: safetensors refuses tensors that share it (tied embeddings)."""
-    seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if pointer in seen else tensor.contiguous()
-        seen.add(pointer)
-    return tensors
-
-
-def rng_states() -> RngStates:
-    """Return the states of torch's, Python's and numpy's generators."""
-    version, numbers, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=True)
-    kind, keys, *rest = legacy
-    states: RngStates = {
-        "torch": torch.get_rng_state(),
-        "python": (version, list(numbers), gauss),
-        "numpy": (str(kind), torch.tensor(keys.astype("int64")), *rest),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def restore_rng(states: RngStates) -> None:
-    """Bring the generators to `states`."""
-    torch.set_rng_state(states["torch"])
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def seed_all(seed: int) -> None:
-    """Seed torch's, Python's and numpy's generators."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _flush(folder: Path) -> None:
-    """Have everything below `folder` on disk before its rename makes it visible."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _make_way(latest: Path) -> None:
-    """Have nothing stand where `latest` is written; a folder with files in it is somebody's, and stays."""
-    if latest.is_symlink() or not latest.is_dir():
-        return
-    try:
-        latest.rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"no checkpoint can be written: {latest.name} is a folder, and names the newest checkpoint as a file",
-            place=str(latest),
-            fix="move that folder elsewhere, or choose another runtime.output_dir",
-        ) from error
-
-
-def _point_at(root: Path, name: str) -> None:
-    temporary = root / f".{LATEST}-{os.getpid()}"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    os.replace(temporary, root / LATEST)

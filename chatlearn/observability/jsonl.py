@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
-from chatlearn.errors import OutputError
+from chatlearn.errors import OutputError, write_failure
+from chatlearn.observability.atomic import write_atomically
 
 Row = dict[str, Any]
 
@@ -63,48 +66,84 @@ def _parse(path: Path) -> Iterator[tuple[Row, str]]:
             )
 
 
+def to_line(row: Row) -> str:
+    """Return a row as the line that stands for it, newline included; lone surrogates become question marks."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 class JsonlFile:
-    """A file that grows by one JSON object per line, each flushed when it is written.
+    """A file that grows by one JSON object per line, each with the operating system when it is written.
 
     Example:
         >>> log = JsonlFile(folder / "metrics.jsonl")
-        >>> log.append({"episode": 1, "reward": 0.5})
+        >>> lines = log.append({"episode": 1, "reward": 0.5})
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stream: TextIO | None = None
+        self._stream: FileIO | None = None
 
-    def append(self, *rows: Row) -> None:
-        """Write rows, whole lines at once."""
-        text = "".join(
-            json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-            for row in rows
-        ).encode("utf-8", errors="replace")
-        try:
+    @property
+    def was_removed(self) -> bool:
+        """Whether somebody has removed it while it is open; what is appended now would be lost."""
+        return self._stream is not None and not os.fstat(self._stream.fileno()).st_nlink
+
+    def append(self, *rows: Row) -> list[str]:
+        """Write rows, whole lines at once, and return them; where that fails, the file ends as it did before.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        lines = [to_line(row) for row in rows]
+        with self._writing():
+            if self.was_removed:
+                self.close()
             if self._stream is None:
                 self._cut_half_line()
-                self._stream = self.path.open("a", encoding="utf-8", newline="\n")
-            self._stream.write(text.decode("utf-8"))
-            self._stream.flush()
-        except OSError as error:
-            raise OutputError(f"cannot write: {error.strerror}", place=str(self.path)) from error
+                self._stream = FileIO(self.path, "a")
+            _write_all(self._stream, "".join(lines).encode("utf-8"))
+        return lines
 
     def rewind(self, episode: int) -> list[Row]:
         """Drop the rows of later episodes, atomically, and return the rows that stay."""
-        self.close()
         kept = [(row, line) for row, line in _parse(self.path) if row.get("episode", 0) <= episode]
         if self.path.exists():
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for _, line in kept), encoding="utf-8")
-            temporary.replace(self.path)
+            self.replace("".join(line + "\n" for _, line in kept))
         return [row for row, _ in kept]
+
+    def replace(self, text: str) -> None:
+        """Give the file another content, atomically: whole lines, or nothing.
+
+        Raises:
+            OutputError: it cannot be written; the file is as it was.
+        """
+        self.close()
+        write_atomically(self.path, text)
+
+    def sync(self) -> None:
+        """Have on disk what was appended.
+
+        Raises:
+            OutputError: the disk does not take it.
+        """
+        if self._stream is not None:
+            with self._writing():
+                os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file; the next `append` opens it again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            cause, fix = write_failure(error)
+            raise OutputError(f"cannot write: {cause}", place=str(self.path), fix=fix) from error
 
     def _cut_half_line(self) -> None:
         """Remove what a crash left behind the last newline and would spoil the next row."""
@@ -121,3 +160,16 @@ class JsonlFile:
                     return
                 end = start
             stream.truncate(0)
+
+
+def _write_all(stream: FileIO, content: bytes) -> None:
+    """Append all of `content` or nothing: a full disk takes a part of it, which would spoil the next line."""
+    before = stream.seek(0, os.SEEK_END)
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[stream.write(rest) or 0 :]
+    except OSError:
+        with suppress(OSError):
+            stream.truncate(before)
+        raise

@@ -7,16 +7,21 @@ How the values of several calls become one is read off the end of the name: `_to
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatlearn.observability.jsonl import JsonlFile, Row, json_safe
+from chatlearn.errors import OutputError
+from chatlearn.observability.jsonl import JsonlFile, Row, json_safe, read_rows, to_line
 
 KEYS = ("episode", "train_iteration", "time_s")
 """What every row of `metrics.jsonl` has besides its metrics."""
+_TIMES = ("time_s", "time/")
+"""Begin the names of what an episode took; the last of it is known only behind its checkpoint."""
 
 
 class _Series:
@@ -97,6 +102,18 @@ class EpisodeMetrics:
         return flat
 
 
+@dataclass(frozen=True)
+class Records:
+    """What a checkpoint keeps of a run's files."""
+
+    lines: str
+    """Those of `metrics.jsonl` once the last episode is in it."""
+    metrics: Mapping[str, float]
+    """The finite ones of the last episode."""
+    transcripts: int
+    """Samples in `transcripts.jsonl`."""
+
+
 class MetricStore:
     """Writes `metrics.jsonl`: one row per episode, valid JSON, flushed line by line.
 
@@ -111,11 +128,73 @@ class MetricStore:
         self._file = JsonlFile(path)
         self._clock = clock
         self._start = clock()
+        self._lines: list[str] = []
+        """Of the whole run, for checkpoints: whatever happens to the file, the curves go on."""
 
     def write(
         self, episode: int, train_iteration: int, metrics: Mapping[str, float], **extra: Any
     ) -> Row:
         """Append the row of `episode` (episodes done; 0 is before the first one) and return it."""
+        row = self._row(episode, train_iteration, metrics, extra)
+        if self._file.was_removed:
+            self._file.replace("".join(self._lines))
+        self._lines += self._file.append(row)
+        return row
+
+    def lines(self, episode: int, train_iteration: int, metrics: Mapping[str, float]) -> str:
+        """Return what the file will hold once the row of `episode` is written; nothing is written."""
+        return "".join([*self._lines, to_line(self._row(episode, train_iteration, metrics, {}))])
+
+    def written(self) -> str:
+        """Return what the file holds."""
+        return "".join(self._lines)
+
+    def restore(self, episode: int, saved: str | None) -> list[Row]:
+        """Go on after `episode`: have the file hold the rows up to it, go on from the time of the last one.
+
+        Args:
+            episode: episodes done; before the first one nothing counts.
+            saved: the lines that the checkpoint kept. They replace the file's own, unless those say the same and
+                only took other times. None takes the file's own.
+
+        Returns:
+            The rows that it holds now.
+
+        Raises:
+            OutputError: it cannot be written, or nothing was saved and a line of its own is no JSON object.
+        """
+        kept = [] if saved is None else saved.splitlines(keepends=True)
+        try:
+            rows = [row for row in read_rows(self._file.path) if _episode(row) <= episode]
+        except OutputError:
+            if saved is None:
+                raise
+        else:
+            own = [to_line(row) for row in rows]
+            kept = own if saved is None or _same(own, kept) else kept
+        self._lines = kept if episode > 0 else []
+        if self._lines or self._file.path.exists():
+            self._file.replace("".join(self._lines))
+        rows = [json.loads(line) for line in self._lines]
+        seconds = max((float(row.get("time_s") or 0.0) for row in rows), default=0.0)
+        self._start = self._clock() - seconds
+        return rows
+
+    def sync(self) -> None:
+        """Have on disk what was written."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _row(
+        self,
+        episode: int,
+        train_iteration: int,
+        metrics: Mapping[str, float],
+        extra: Mapping[str, Any],
+    ) -> Row:
         row: Row = {
             "episode": episode,
             "train_iteration": train_iteration,
@@ -126,19 +205,21 @@ class MetricStore:
         row.update({name: None if name in bad else float(v) for name, v in metrics.items()})
         if bad:
             row["nonfinite"] = bad
-        self._file.append(row)
         return row
 
-    def rewind(self, episode: int) -> list[Row]:
-        """Drop the rows after `episode`, go on from the time of the last one, return those kept."""
-        kept = self._file.rewind(episode)
-        seconds = max((float(row.get("time_s") or 0.0) for row in kept), default=0.0)
-        self._start = self._clock() - seconds
-        return kept
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def _episode(row: Row) -> int:
+    number = row.get("episode")
+    return number if isinstance(number, int) else 0
+
+
+def _same(own: list[str], saved: list[str]) -> bool:
+    """Tell whether rows are those of a checkpoint, whose last one was saved before it was done: its times differ."""
+    if len(own) != len(saved) or own[:-1] != saved[:-1]:
+        return False
+    last: list[Row] = [json.loads(lines[-1]) for lines in (own, saved) if lines]
+    values = [{k: v for k, v in row.items() if not k.startswith(_TIMES)} for row in last]
+    return not values or values[0] == values[1]
 
 
 def nonfinite(metrics: Mapping[str, float]) -> list[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from chatlearn.config import Config, ModuleConfig
-from chatlearn.errors import OutputError
-from chatlearn.flow.draw import sink_of, to_mermaid, to_svg
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.observability.headline import EVAL
-from chatlearn.observability.metrics import EpisodeMetrics, MetricStore
+from chatlearn.observability.metrics import KEYS, EpisodeMetrics, MetricStore, Records
 from chatlearn.observability.outcomes import FirstCauses, OutcomeCounts, words
+from chatlearn.observability.program_files import write_program
 from chatlearn.observability.progress import Call as ShownCall
 from chatlearn.observability.progress import Progress
 from chatlearn.observability.report import write_report
-from chatlearn.observability.run_folder import RunFolder
+from chatlearn.observability.run_folder import open_folder
 from chatlearn.observability.trackers import TensorBoardTracker, Tracker
 from chatlearn.observability.transcripts import Batch, Phase, TranscriptLog
 from chatlearn.observability.wandb_tracker import WandbTracker
@@ -60,7 +59,7 @@ class Recorder:
 
     def __init__(self, config: Config, *, goes_on: Callable[[Path], bool]) -> None:
         self._config = config
-        self.folder = _open_folder(config.runtime.output_dir, goes_on)
+        self.folder = open_folder(config.runtime.output_dir, goes_on)
         self._stack = ExitStack()
         self._stack.callback(self.folder.close)
         self._progress: Progress | None = None
@@ -73,6 +72,10 @@ class Recorder:
         self._began = time.perf_counter()
         self._unshown: dict[str, float] | None = None
         self._transcripts_failed = False
+        self._number: int | None = None
+        """The episode whose row is still to be written."""
+        self._last: dict[str, float] = {}
+        """The metrics of the last row."""
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         """Episodes done and the metrics, of every evaluation of the run, resumed parts included."""
 
@@ -87,26 +90,59 @@ class Recorder:
         done: int,
         resumed: bool,
     ) -> None:
-        """Open the files, write configuration and drawings, begin to show progress."""
+        """Open the files, write configuration and drawings, begin to show progress.
+
+        Of a run that is resumed nothing changes before `go_on`: it may yet be refused.
+        """
         self._metrics = MetricStore(self.folder.metrics)
         self._transcripts = TranscriptLog(self.folder.transcripts)
         self._stack.callback(self._metrics.close)
         self._stack.callback(self._transcripts.close)
-        if resumed:
-            self._remember(self._metrics.rewind(done))
-            self._transcripts.rewind(done)
         for tracker in self._config.runtime.trackers:
-            self._trackers.append(self._open(tracker, modules, done + 1 if resumed else None))
+            self._trackers.append(self._open(tracker, modules))
             self._stack.callback(self._trackers[-1].close)
-        self._write_config(modules)
-        for name, graph in graphs.items():
-            sink = sink_of(name, graphs)
-            self.folder.write_text(f"flows/{name}.svg", to_svg(graph, sink=sink))
-            self.folder.write_text(f"flows/{name}.mmd", to_mermaid(graph, sink=sink))
+        if not resumed:
+            write_program(self.folder, self._config, graphs, modules)
         self._progress = self._stack.enter_context(Progress(episodes, done))
         self.note(f"run folder: {self.folder.path}")
         if self.folder.moved_to is not None:
             self.note(f"an earlier run was moved to {self.folder.moved_to}")
+
+    def go_on(
+        self,
+        graphs: Mapping[str, FlowGraph],
+        modules: Mapping[str, ModuleConfig],
+        done: int,
+        *,
+        saved: str | None,
+        transcripts: int,
+    ) -> list[str]:
+        """Have the files go on after `done` episodes.
+
+        Args:
+            graphs: to draw.
+            modules: their configuration.
+            done: episodes done; rows and samples of later ones are dropped.
+            saved: the lines of `metrics.jsonl` that the checkpoint kept; None if its version kept none.
+            transcripts: samples that had been written by then.
+
+        Returns:
+            What of it may surprise.
+        """
+        rows = self._metrics.restore(done, saved)
+        self._remember(rows)
+        kept = self._transcripts.rewind(done if done else -1)  # before the first all is done again
+        write_program(self.folder, self._config, graphs, modules)
+        for tracker in self._trackers:
+            tracker.go_on(done)
+            if rows and done:
+                tracker.log(done, self._last)
+        if kept >= transcripts or not done:
+            return []
+        return [
+            f"{self.folder.transcripts.name} lacks {transcripts - kept} of the {transcripts} samples that were "
+            "written to it by then"
+        ]
 
     def begin(self) -> None:
         """Begin to show progress; modules are set up now."""
@@ -162,6 +198,7 @@ class Recorder:
         """Start the numbers of an episode; what was measured before the first stays out of them."""
         if number == 1 or self._evaluation:
             self._write_row(number - 1, 0)
+        self._number = number
         self._episode = EpisodeMetrics()
         self._outcomes = OutcomeCounts()
         self._speeds = {}
@@ -239,6 +276,32 @@ class Recorder:
 
         `time/engine` is what of the episode passed outside modules, syncs, evaluations and checkpoints.
         """
+        self._sum_up(module_seconds)
+        metrics = self._write_row(episode, train_iteration)
+        self._number = None
+        if self._progress is not None:
+            self._progress.episode_done(metrics)
+        self._show_evaluation()  # only now: the display counts the episode as done
+        return metrics
+
+    def records(self, episode: int, train_iteration: int, module_seconds: float) -> Records:
+        """Have on disk what was written, and return what a checkpoint behind `episode` keeps of it.
+
+        The row of an episode that is still open goes into the checkpoint as it would be now.
+        """
+        self._metrics.sync()
+        self._transcripts.sync()
+        for tracker in self._trackers:
+            tracker.flush()
+        lines, metrics = self._metrics.written(), self._last
+        if self._number == episode:
+            self._sum_up(module_seconds)
+            metrics = self._measured()
+            lines = self._metrics.lines(episode, train_iteration, metrics)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return Records(lines, finite, self._transcripts.count)
+
+    def _sum_up(self, module_seconds: float) -> None:
         wall = time.perf_counter() - self._began
         summary = self._episode.summary()
         other = sum(summary.get(f"time/{name}", 0.0) for name in _SHOWN_AS)
@@ -246,11 +309,9 @@ class Recorder:
         self._episode.put("time/engine", max(wall - module_seconds - other, 0.0))
         for name, (tokens, seconds) in self._speeds.items():
             self._episode.put(f"{name}_per_s", tokens / max(seconds, 1e-9))
-        metrics = self._write_row(episode, train_iteration)
-        if self._progress is not None:
-            self._progress.episode_done(metrics)
-        self._show_evaluation()  # only now: the display counts the episode as done
-        return metrics
+
+    def _measured(self) -> dict[str, float]:
+        return {**self._episode.summary(), **self._outcomes.metrics(), **self._evaluation}
 
     def _calling(self, module: str, method: str, is_training: bool, uids: Sequence[int]) -> None:
         if self._progress is not None:
@@ -268,11 +329,9 @@ class Recorder:
         if self._progress is not None:
             self._progress.note(text)
 
-    def _open(
-        self, tracker: str, modules: Mapping[str, ModuleConfig], first_step: int | None
-    ) -> Tracker:
+    def _open(self, tracker: str, modules: Mapping[str, ModuleConfig]) -> Tracker:
         if tracker == "tensorboard":
-            return TensorBoardTracker(self.folder.tensorboard, first_step)
+            return TensorBoardTracker(self.folder.tensorboard)
         project = self.folder.path.resolve().name
         return WandbTracker(project, self.folder.path, self._config.to_dict(modules))
 
@@ -289,8 +348,13 @@ class Recorder:
             self._transcripts_failed = True
 
     def _remember(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take over the evaluations of the part of the run that is resumed."""
+        """Take over the evaluations, and the last metrics, of the part of the run that is resumed."""
         for row in rows:
+            self._last = {
+                name: value
+                for name, value in row.items()
+                if isinstance(value, float) and name not in KEYS
+            }
             found = {
                 name.removeprefix(EVAL): float(value)
                 for name, value in row.items()
@@ -299,19 +363,11 @@ class Recorder:
             if found:
                 self.evaluations.append((int(row["episode"]), found))
 
-    def _write_config(self, modules: Mapping[str, ModuleConfig]) -> None:
-        """Write every resolved value, and who set it."""
-        self.folder.write_text("config.yaml", self._config.to_yaml(modules))
-        sections = self._config.to_dict(modules)
-        keys = [f"runtime.{key}" for key in sections["runtime"]]
-        keys += [f"models.{name}.{key}" for name, m in sections["models"].items() for key in m]
-        origins = {key: self._config.provenance(key) for key in keys}
-        self.folder.write_text("config_origins.json", json.dumps(origins, indent=2))
-
     def _write_row(self, episode: int, train_iteration: int) -> dict[str, float]:
-        metrics = {**self._episode.summary(), **self._outcomes.metrics(), **self._evaluation}
+        metrics = self._measured()
         self._evaluation = {}
         if metrics:
+            self._last = metrics
             self._metrics.write(episode, train_iteration, metrics)
             for tracker in self._trackers:
                 tracker.log(episode, metrics)
@@ -333,21 +389,3 @@ def _describe(error: Exception) -> str:
 
 def _columns(batches: Sequence[Batch]) -> int:
     return len(batches[0]) if batches else 0
-
-
-def _open_folder(path: Path | None, goes_on: Callable[[Path], bool]) -> RunFolder:
-    """Open the folder that was asked for, or `runs/<script>`, or the first free one numbered after it."""
-    if path is not None:
-        return RunFolder(path, resume=goes_on(path))
-    called = sys.argv[0]
-    script = Path("session" if called in ("", "-c", "-m") else called)
-    name = script.parent.name if script.stem == "__main__" else script.stem
-    default = Path("runs") / (name or "session")
-    for number in range(1, 100):
-        candidate = default if number == 1 else default.with_name(f"{default.name}-{number}")
-        try:
-            return RunFolder(candidate, resume=goes_on(candidate))
-        except OutputError as error:
-            if "another run" not in error.cause:
-                raise
-    raise OutputError("a hundred runs are writing already", place=str(default))

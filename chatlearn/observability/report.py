@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from chatlearn.errors import OutputError
+from chatlearn.observability.atomic import write_atomically
 from chatlearn.observability.headline import EVAL
 from chatlearn.observability.jsonl import Row, read_rows
 from chatlearn.observability.report_curves import curves_html
 from chatlearn.observability.report_samples import samples_html
 from chatlearn.observability.report_tiles import tiles_html
-from chatlearn.observability.run_folder import write_atomically
 
 FILES = ("metrics.jsonl", "transcripts.jsonl", "config.yaml", "summary.json", "flows")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from chatlearn.errors import OutputError
+from chatlearn.errors import ChatLearnError, OutputError
+from chatlearn.observability.atomic import write_atomically
 
 NAMES: Final = (
     "metrics.jsonl",
@@ -40,8 +42,12 @@ class RunFolder:
         ...     folder.write_text("config.yaml", text)
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, *, resume: bool | Callable[[Path], bool] = False) -> None:
         """Create and lock the folder.
+
+        Args:
+            path: of the folder.
+            resume: whether the run goes on from what lies there; a function is asked once nobody else writes there.
 
         Raises:
             OutputError: The folder cannot be made or written, or another run is using it, or it
@@ -54,9 +60,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             was_ours = (self.path / LOCK).exists()
             self._lock()
-            if not resume:
+            if not (resume(self.path) if callable(resume) else resume):
                 self._move_aside(was_ours)
-        except OutputError:
+        except ChatLearnError:
             self.close()
             raise
         except OSError as error:
@@ -177,24 +183,24 @@ class RunFolder:
         taken = [int(entry.name) for entry in earlier.iterdir() if entry.name.isdigit()]
         self.moved_to = earlier / f"{max(taken, default=0) + 1:04d}"
         self.moved_to.mkdir()
-        for entry in found:
+        # Checkpoints go first: a crash on the way must not leave them to a run that resumes without the rest.
+        for entry in sorted(found, key=lambda path: path != self.checkpoints):
             entry.rename(self.moved_to / entry.name)
 
 
-def write_atomically(target: Path, text: str) -> None:
-    """Write text to a temporary file beside `target`, then put it in its place."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+def open_folder(path: Path | None, goes_on: Callable[[Path], bool]) -> RunFolder:
+    """Open the folder that was asked for, or `runs/<script>`, or the first free one numbered after it."""
+    if path is not None:
+        return RunFolder(path, resume=goes_on)
+    called = sys.argv[0]
+    script = Path("session" if called in ("", "-c", "-m") else called)
+    name = script.parent.name if script.stem == "__main__" else script.stem
+    default = Path("runs") / (name or "session")
+    for number in range(1, 100):
+        candidate = default if number == 1 else default.with_name(f"{default.name}-{number}")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write: {error.strerror}", place=str(target)) from error
+            return RunFolder(candidate, resume=goes_on)
+        except OutputError as error:
+            if "another run" not in error.cause:
+                raise
+    raise OutputError("a hundred runs are writing already", place=str(default))

@@ -47,17 +47,25 @@ class TranscriptLog:
     def __init__(self, path: Path, per_episode: int = 8) -> None:
         self._file = JsonlFile(path)
         self._limit = per_episode
+        self.count = 0
+        """Samples written, those of a resumed part of the run included."""
 
     def record(self, batches: Batch | Iterable[Batch], *, episode: int, phase: Phase) -> int:
         """Write the chosen samples of the batches and return how many there were."""
         rows = sample_rows(batches, self._limit, spread=phase == "eval")
         if rows:
             self._file.append(*({"episode": episode, "phase": phase, **row} for row in rows))
+        self.count += len(rows)
         return len(rows)
 
-    def rewind(self, episode: int) -> None:
-        """Drop the samples of later episodes."""
-        self._file.rewind(episode)
+    def rewind(self, episode: int) -> int:
+        """Drop the samples of later episodes; return how many stay."""
+        self.count = len(self._file.rewind(episode))
+        return self.count
+
+    def sync(self) -> None:
+        """Have on disk what was written."""
+        self._file.sync()
 
     def close(self) -> None:
         """Close the file."""

@@ -31,6 +31,12 @@ class WandbTracker:
         """Take the metrics of episode `step`."""
         self._run.log(dict(metrics), step=step)
 
+    def go_on(self, first_step: int) -> None:
+        """Forget nothing: every process has a W&B run of its own."""
+
+    def flush(self) -> None:
+        """Leave it to W&B, which keeps what it was told in a process of its own."""
+
     def close(self) -> None:
         """Finish the W&B run."""
         self._run.finish()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from chatlearn import BaseModule, Engine, Environment, Trainer
@@ -73,3 +75,17 @@ def train(prompts: Any, learner: Learner | None = None, **modules: Any) -> Learn
     env = Environment(lambda batch: echo.forward_step(batch))
     Engine(env, Trainer(lambda batch: learner.train_step(batch))).set_dataset(prompts).learn()
     return learner
+
+
+LATER_THAN_FORMAT_1 = ("sequence", "digests", "config", "versions", "architectures", "metrics")
+
+
+def as_format_1(checkpoint: Path, *without: str) -> None:
+    """Make a checkpoint one of the first format, which had no digests, and `without` what came later still."""
+    path = checkpoint / "checkpoint.json"
+    content = json.loads(path.read_text())
+    for key in (*LATER_THAN_FORMAT_1, "transcripts", "digest", *without):
+        del content[key]
+    del content["files"]["metrics.jsonl"]
+    (checkpoint / "metrics.jsonl").unlink()
+    path.write_text(json.dumps({**content, "format": 1}))

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from contract_modules import Batch, Learner, Step
+from contract_modules import Batch, Learner, Step, as_format_1
 
 import chatlearn
 from chatlearn import BaseModule, ChatLearnError, Engine, Environment, Evaluator, Trainer
@@ -155,11 +155,7 @@ def test_a_damaged_checkpoint_is_refused_before_setup(tmp_path: Path) -> None:
 
 def test_checkpoints_of_earlier_versions_still_resume(tmp_path: Path) -> None:
     learn(PROMPTS, tmp_path, 2)
-    path = tmp_path / "checkpoints/episode-000002/checkpoint.json"
-    content = json.loads(path.read_text())
-    for later in ("datasets", "replay"):
-        del content[later]
-    path.write_text(json.dumps(content))
+    as_format_1(tmp_path / "checkpoints/episode-000002", "datasets", "replay")
     with pytest.raises(ConfigError, match=r"\[7\] rows, but \[8\]"):
         learn(PROMPTS[:-1], tmp_path, 3, resume="auto")
     assert learn(PROMPTS, tmp_path, 3, resume="auto") == [["p4", "p5"]]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract_modules import Batch
+from contract_modules import Batch, as_format_1
 
 import chatlearn
 from chatlearn import BaseModule, Engine, Environment, Evaluator, Trainer
@@ -154,10 +154,7 @@ def test_a_run_with_nothing_left_to_do_calls_no_hook(tmp_path: Path) -> None:
 
 def test_checkpoints_from_before_it_was_kept_go_on_as_they_did(tmp_path: Path) -> None:
     learn(World(), tmp_path, 2, save_episode_interval=1)
-    path = tmp_path / "checkpoints/episode-000002/checkpoint.json"
-    content = json.loads(path.read_text())
-    del content["after_episode_due"]
-    path.write_text(json.dumps(content))
+    as_format_1(tmp_path / "checkpoints/episode-000002", "after_episode_due")
     assert learn(World(), tmp_path, 3, resume="auto")[0][2] == "before_episode"
 
 

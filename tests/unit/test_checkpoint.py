@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import enum
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import nn
 from chatlearn import BaseModule
 from chatlearn.checkpoint import folder as checkpoints
 from chatlearn.checkpoint.newest import newest
-from chatlearn.checkpoint.state import RunState
+from chatlearn.checkpoint.state import GivenData, RunState
 from chatlearn.errors import CheckpointError
 
 
@@ -179,23 +180,21 @@ def test_a_folder_with_files_where_latest_belongs_is_named_before_writing(tmp_pa
     assert (tmp_path / "latest/mine").exists()
 
 
-class Crash(BaseException):
-    """As if the process had died."""
+def crash_while_replacing(tmp_path: Path) -> None:
+    """Save episode 2 anew in a process that dies when the old one was set aside, before the new one has its name."""
+    child = os.fork()
+    if child == 0:
+        rename = Path.rename
 
+        def dying(self: Path, target: Path) -> Path:
+            if self.name.startswith(".partial"):
+                os._exit(9)
+            return rename(self, target)
 
-def replace_and(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Save episode 2 anew and fail after the old one was set aside, before the new one has its name."""
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self.name.startswith(".partial"):
-            raise error
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", failing)
-        with pytest.raises((Crash, CheckpointError)):
-            save(tmp_path, Module(step="new"), episode=2)
+        Path.rename = dying  # pyright: ignore[reportAttributeAccessIssue]
+        save(tmp_path, Module(step="new"), episode=2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def step_of(path: Path) -> Any:
@@ -204,19 +203,17 @@ def step_of(path: Path) -> Any:
     return loaded.state["step"]
 
 
-def test_a_crash_while_replacing_loses_no_episode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_replacing_loses_no_episode(tmp_path: Path) -> None:
     save(tmp_path, Module(step=1), episode=1)
     path = save(tmp_path, Module(step=2), episode=2)
-    replace_and(tmp_path, monkeypatch, Crash())
+    crash_while_replacing(tmp_path)
     assert not path.exists()
     found, notes = newest(tmp_path)
     assert found is not None
     assert (step_of(found), notes) == (2, [])
     checkpoints.restore(tmp_path)
     assert newest(tmp_path) == (path, [])
-    replace_and(tmp_path, monkeypatch, Crash())
+    crash_while_replacing(tmp_path)
     save(tmp_path, Module(step=3), episode=3)  # which clears what crashes left
     assert step_of(path) == 2
     names = [f"episode-00000{n}" for n in (1, 2, 3)]
@@ -227,7 +224,17 @@ def test_a_failure_while_replacing_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path, Module(step=2), episode=2)
-    replace_and(tmp_path, monkeypatch, OSError(5, "Input/output error"))
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.startswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            save(tmp_path, Module(step="new"), episode=2)
     assert newest(tmp_path) == (path, [])
     assert step_of(path) == 2
 
@@ -354,7 +361,7 @@ def test_episodes_kept_for_replay(tmp_path: Path) -> None:
 
 
 def test_checking_reads_no_large_file(tmp_path: Path) -> None:
-    state = RunState(episode=1, datasets=[{"rows": 2, "sha256": "x"}], replay={"a": 1})
+    state = RunState(episode=1, datasets=[GivenData(2, "x")], replay={"a": 1})
     path = checkpoints.save(tmp_path, state, [Module(x=1)], with_weights=["m"])
     (path / "rng.pt").write_bytes(b"\xff" * (path / "rng.pt").stat().st_size)
     assert checkpoints.check(path) == state
@@ -363,11 +370,11 @@ def test_checking_reads_no_large_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ({"format": 99}, "another format"),
+        ({"format": 99}, "has format 99, and this version of chatlearn reads 1 to 2"),
         ({"format": 1, "unknown": 1}, "damaged"),
         ([], "damaged: it holds no JSON object"),
-        ({"format": 1, "files": []}, "damaged: 'files' is no dict"),
-        ({"format": 1, "episode": "3"}, "damaged: 'episode' is no int"),
+        ({"format": 1, "files": []}, "damaged: files: Input should be an object"),
+        ({"format": 1, "episode": "3"}, "damaged: episode: Input should be a valid integer"),
     ],
 )
 def test_other_formats_are_refused(tmp_path: Path, content: Any, what: str) -> None:

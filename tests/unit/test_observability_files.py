@@ -88,7 +88,7 @@ class TestMetricStore:
             },
         ]
 
-    def test_rewind_drops_later_episodes_and_goes_on_in_time(self, tmp_path):
+    def test_restore_drops_later_episodes_and_goes_on_in_time(self, tmp_path):
         clock = [0.0]
         store = MetricStore(tmp_path / "m.jsonl", clock=lambda: clock[0])
         for episode in (1, 2, 3):
@@ -97,14 +97,14 @@ class TestMetricStore:
         store.close()
         clock[0] = 1000.0
         store = MetricStore(tmp_path / "m.jsonl", clock=lambda: clock[0])
-        assert [row["episode"] for row in store.rewind(2)] == [1, 2]
+        assert [row["episode"] for row in store.restore(2, None)] == [1, 2]
         clock[0] += 5
         assert store.write(3, 3, {})["time_s"] == 25.0
         store.close()
         assert [row["episode"] for row in lines(tmp_path / "m.jsonl")] == [1, 2, 3]
 
-    def test_rewind_of_nothing(self, tmp_path):
-        assert MetricStore(tmp_path / "m.jsonl").rewind(3) == []
+    def test_restore_of_nothing(self, tmp_path):
+        assert MetricStore(tmp_path / "m.jsonl").restore(3, None) == []
         assert not (tmp_path / "m.jsonl").exists()
 
 
@@ -395,7 +395,8 @@ class TestRecorder:
 
 class TestTrackers:
     def test_tensorboard_files_read_back(self, tmp_path):
-        tracker = TensorBoardTracker(tmp_path / "tb", first_step=3)
+        tracker = TensorBoardTracker(tmp_path / "tb")
+        tracker.go_on(3)
         tracker.log(3, {"a/loss": 0.5, "b": math.nan})
         tracker.log(4, {"a/loss": 0.25})
         tracker.close()

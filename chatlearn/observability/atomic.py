@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give a file its content so that a reader, or a crash, sees the old one or the new one whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from chatlearn.errors import OutputError, write_failure
+
+
+def write_atomically(target: Path, text: str) -> None:
+    """Write text to a temporary file beside `target`, have it on disk, then put it in its place.
+
+    Raises:
+        OutputError: it cannot be written; what was there is untouched.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(
+                descriptor, "w", encoding="utf-8", errors="replace", newline="\n"
+            ) as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        cause, fix = write_failure(error)
+        raise OutputError(f"cannot write: {cause}", place=str(target), fix=fix) from error
