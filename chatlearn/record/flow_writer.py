@@ -70,6 +70,7 @@ class FlowWriter:
         """Per node, the call that returned each uid."""
         self._delivered_uids: list[int | None] = []
         self._delivered_columns: set[str] = set()
+        self._is_given = False
 
     def goes_on(self, feed: Feed) -> None:
         """Take samples of a further feed, with other uids: the next dataset of an evaluation."""
@@ -258,6 +259,7 @@ class FlowWriter:
     def given(self, samples: Batch) -> None:
         """Keep the samples that a trainer flow gets from no flow of this episode: a dataset's, or replay's."""
         positions = list(range(size(samples)))
+        self._is_given = True
         if UID in samples:
             self._delivered_uids = [int(uid) for uid in samples[UID]]
         else:
@@ -301,6 +303,7 @@ class FlowWriter:
             "format": FORMAT,
             "name": self.graph.name,
             "outputs": list(self.graph.outputs),
+            "is_given": self._is_given,
             "uids": self._uids,
             "groups": self._groups,
             "nodes": [

@@ -70,6 +70,18 @@ class NodeRecord:
                 found.update(dict.fromkeys(p.name for p in layout if p.source != "input"))
         return list(found)
 
+    @cached_property
+    def came_out(self) -> list[int]:
+        """Uids of the samples that the node returned, in flows where each has one row."""
+        rows = (row for c in self.calls if c.entry.outputs for row in c.kept_parts[0])
+        return [cast("int", self.uids[row]) for row in rows]
+
+    @cached_property
+    def output_names(self) -> list[str]:
+        """Columns of what the node returned, in order."""
+        layouts = (layout for call in self.calls for layout in call.output_layouts)
+        return list(dict.fromkeys(place.name for layout in layouts for place in layout))
+
     def cells_of(self, name: str, uids: Sequence[int]) -> list[Any]:
         """Return the cells of an output column for samples; `ABSENT` where there is none."""
         cells = self.output(name)

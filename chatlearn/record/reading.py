@@ -125,6 +125,8 @@ class FlowRecord:
         self.groups: list[int] = self.meta["groups"]
         self.outputs: list[int] = self.meta["outputs"]
         """Numbers of the nodes that it returns."""
+        self.is_given = bool(self.meta["is_given"])
+        """Of a trainer flow: whether it trained on a dataset or on replay's choice, not on what a flow delivered."""
         self.batch = Table(folder / BATCH)
         self._cells: dict[str, list[Any]] = {}
         self.nodes = [NodeRecord(self, number, n) for number, n in enumerate(self.meta["nodes"])]

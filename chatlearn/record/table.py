@@ -18,8 +18,8 @@ import pyarrow as _pyarrow  # noqa: ICN001
 import pyarrow.parquet as _parquet
 
 from chatlearn.errors import RecordError
-from chatlearn.flow.batching import Column
-from chatlearn.record.cells import Kind, decode, encode
+from chatlearn.flow.batching import Batch, Column, merge
+from chatlearn.record.cells import Kind, UnkeepableError, decode, encode
 
 pa: Any = _pyarrow  # comes without types
 pq: Any = _parquet
@@ -143,6 +143,24 @@ class TableWriter:
         table = table.replace_schema_metadata({_KEY: json.dumps(content).encode()})
         pq.write_table(table, path, compression=_COMPRESSION, compression_level=_LEVEL)
         return path.stat().st_size
+
+
+def write_batches(path: Path, batches: Sequence[Batch]) -> None:
+    """Write batches as a plain table: a row per sample, each column under its own name.
+
+    Raises:
+        RecordError: a column holds something that no file can keep.
+    """
+    whole = merge(batches)
+    arrays: list[Any] = []
+    for name, column in whole.items():
+        try:
+            arrays.append(encode(column)[1])
+        except UnkeepableError as error:
+            raise RecordError(
+                f"column {name!r} holds a {error}, which cannot be kept in a file", place=str(path)
+            ) from None
+    pq.write_table(pa.table(arrays, names=list(whole)), path, compression=_COMPRESSION)
 
 
 def _runs(offsets: Sequence[int]) -> list[tuple[int, int]]:

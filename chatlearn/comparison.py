@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What running recorded nodes again gave, compared with the record: column by column, number by number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from chatlearn.flow.batching import Batch
+from chatlearn.record.nodes import ABSENT, NodeRecord
+from chatlearn.record.reading import EpisodeRecord
+from chatlearn.record.sameness import Difference, compare_columns
+from chatlearn.rerun import Again
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class NumberDifference:
+    """A number that train steps logged, in the record and now."""
+
+    name: str
+    steps: int
+    """Steps compared."""
+    differing: int
+    largest: float
+    """Largest absolute difference of a step's."""
+    recorded: float | None
+    """Of the first step that differs, else of the first."""
+    made: float | None
+    """Of the same step."""
+
+
+@dataclass
+class NodeComparison:
+    """One node that ran again."""
+
+    node: str
+    calls: int
+    samples: int
+    """Samples that it returned both then and now; of a train step, steps."""
+    trains: bool = False
+    columns: list[Difference] = field(default_factory=list[Difference])
+    """Columns that the node made, then or now; what it passes on is compared where it was made."""
+    numbers: list[NumberDifference] = field(default_factory=list[NumberDifference])
+    """Of a train step: what it logged."""
+    remarks: list[str] = field(default_factory=list[str])
+    """What cannot be compared."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all of it is as it was, bit for bit."""
+        numbers_equal = not any(number.differing for number in self.numbers)
+        return not self.remarks and numbers_equal and all(c.is_equal for c in self.columns)
+
+
+def compare(
+    episode: EpisodeRecord, made: Mapping[str, Sequence[Again]], *, evaluation: bool
+) -> list[NodeComparison]:
+    """Compare what nodes returned with what the record says that they did, in the order of the flows."""
+    recorded = episode.flow("eval_flow").nodes if evaluation else episode.nodes()
+    by_name = {node.name: node for node in recorded}
+    order = [*(name for name in by_name if name in made), *(n for n in made if n not in by_name)]
+    found: list[NodeComparison] = []
+    for name in order:
+        record, calls = by_name.get(name), made[name]
+        if record is None:
+            remark = "the record has no such node: nothing to compare with"
+            samples = sum(len(call.came_out) for call in calls)
+            found.append(NodeComparison(name, len(calls), samples, remarks=[remark]))
+        elif record.trains:
+            found.append(_compare_steps(record, calls))
+        else:
+            found.append(_compare_samples(record, calls))
+    return found
+
+
+def _compare_samples(record: NodeRecord, calls: Sequence[Again]) -> NodeComparison:
+    ran = {uid for call in calls for uid in call.uids}
+    then = [uid for uid in record.came_out if uid in ran]
+    cells: dict[str, dict[int, Any]] = {}
+    for call in calls:
+        for name, column in (call.output[0] if call.output else {}).items():
+            cells.setdefault(name, {}).update(zip(call.came_out, column, strict=True))
+    now = {uid for call in calls for uid in call.came_out}
+    both = [uid for uid in then if uid in now]
+    comparison = NodeComparison(record.name, len(calls), len(both))
+    _remark(comparison, "came out then and no longer do", [uid for uid in then if uid not in now])
+    _remark(comparison, "come out now and did not then", sorted(now.difference(then)))
+    made = set(record.made).union(*(call.made for call in calls))
+    for name in dict.fromkeys([*record.output_names, *cells]):
+        if name not in cells and not both:
+            continue
+        if name not in cells:
+            comparison.columns.append(Difference(name, 0, note="is no longer returned"))
+            continue
+        if name not in record.output_names:
+            comparison.columns.append(Difference(name, 0, note="is new"))
+            continue
+        old = record.cells_of(name, both)
+        new = [cells[name].get(uid, ABSENT) for uid in both]
+        if name in made:  # the rest it passes on
+            comparison.columns.append(compare_columns(name, both, old, new))
+    return comparison
+
+
+def _remark(comparison: NodeComparison, what: str, uids: Sequence[int]) -> None:
+    if uids:
+        shown = ", ".join(map(str, uids[:_SHOWN])) + (", ..." if len(uids) > _SHOWN else "")
+        comparison.remarks.append(f"{len(uids)} samples {what}: uid {shown}")
+
+
+def _compare_steps(record: NodeRecord, calls: Sequence[Again]) -> NodeComparison:
+    recorded = {call.entry.step: call for call in record.calls}
+    made = {call.step: call for call in calls}
+    both = [step for step in recorded if step in made]
+    comparison = NodeComparison(record.name, len(calls), len(both), trains=True)
+    if len(both) < max(len(recorded), len(made)):
+        comparison.remarks.append(f"{len(made)} updates now, {len(recorded)} then")
+    then = [recorded[step].entry.numbers for step in both]
+    now = [made[step].numbers for step in both]
+    for name in dict.fromkeys(name for numbers in (*then, *now) for name in numbers):
+        comparison.numbers.append(_compare_numbers(name, then, now))
+    columns: dict[str, tuple[list[Any], list[Any], list[Any]]] = {}
+    for step in both:
+        uids = iter(recorded[step].uids)
+        parts = zip(recorded[step].outputs(), made[step].output, strict=False)
+        for old, new in parts:
+            own = [next(uids) for _ in range(_size(old))]
+            for name in old.keys() & new.keys():
+                known = columns.setdefault(name, ([], [], []))
+                for into, values in zip(known, (own, old[name], new[name]), strict=True):
+                    into.extend(values)
+    for name, (uids, old, new) in columns.items():
+        if len(old) == len(new):
+            comparison.columns.append(compare_columns(name, uids, old, new))
+    return comparison
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values()))) if batch else 0
+
+
+def _compare_numbers(
+    name: str, then: Sequence[Mapping[str, float]], now: Sequence[Mapping[str, float]]
+) -> NumberDifference:
+    pairs = [(old.get(name), new.get(name)) for old, new in zip(then, now, strict=True)]
+    apart = [(old, new) for old, new in pairs if not _equal(old, new)]
+    gaps = [
+        math.inf if old is None or new is None or math.isnan(old - new) else abs(old - new)
+        for old, new in apart
+    ]
+    shown = (apart or pairs)[0]
+    return NumberDifference(name, len(pairs), len(apart), max(gaps, default=0.0), *shown)
+
+
+def _equal(old: float | None, new: float | None) -> bool:
+    if old is None or new is None:
+        return old is new
+    return old == new or (math.isnan(old) and math.isnan(new))
+
+
+# ---- for people ---------------------------------------------------------------------------------------------------
+
+
+def print_comparison(comparison: NodeComparison, console: Console) -> None:
+    """Print one node's table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    what = "update" if comparison.trains else "sample"
+    plural = "s" * (comparison.samples != 1)
+    title = f"{comparison.node}  {comparison.samples} {what}{plural} compared"
+    if comparison.is_equal:
+        title += ": equal, bit for bit"
+    console.print(Text(title, style="bold green" if comparison.is_equal else "bold"))
+    for remark in comparison.remarks:
+        console.print(Text(f"  {remark}", style="yellow"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("  column", "result", "largest difference", "where"):
+        table.add_column(heading, overflow="fold")
+    for column in comparison.columns:
+        where = f"uid {', '.join(map(str, column.uids))}" if column.uids else ""
+        where += ", ..." if column.differing > len(column.uids) else ""
+        _add_row(table, column.column, column.is_equal, _result(column), column.largest, where)
+    for item in comparison.numbers:
+        result = (
+            "equal" if not item.differing else f"{item.differing} of {item.steps} updates differ"
+        )
+        where = f"{_shown(item.recorded)} then, {_shown(item.made)} now" if item.differing else ""
+        largest = item.largest if item.differing else None
+        _add_row(table, item.name, not item.differing, result, largest, where)
+    if table.row_count:
+        console.print(table)
+    console.print()
+
+
+def _add_row(
+    table: Any, name: str, is_equal: bool, result: str, largest: float | None, where: str
+) -> None:
+    from rich.text import Text
+
+    gap = "" if largest is None or is_equal else f"{largest:.3g}"
+    style = "green" if is_equal else "yellow"
+    cells = (Text(f"  {name}"), Text(result, style=style), Text(gap), Text(where))
+    table.add_row(*cells)
+
+
+def _result(column: Difference) -> str:
+    if column.is_equal:
+        return "equal"
+    counted = f"{column.differing} of {column.samples} differ" if column.differing else ""
+    return "; ".join(part for part in (counted, column.note) if part)
+
+
+def _shown(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:.9g}"
