@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from chatlearn.checkpointing import refuse_unkeepable
+from chatlearn.config import RuntimeConfig
 from chatlearn.data.feed import Feed
 from chatlearn.data.replay import Replay
 from chatlearn.data.stream import StreamDataset
 from chatlearn.errors import BatchError, describe_function
 from chatlearn.flow.batching import Batch, size
+from chatlearn.flow.graph import FlowGraph
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
 from chatlearn.runtime.work import FlowWork, Outcome, Tap, TrainWork
@@ -94,16 +96,7 @@ class EpisodeFlows:
         )
 
     def _training(self, episode: int, samples: Batch | None = None) -> TrainWork:
-        config = self._config
-        stream = StreamDataset(
-            config.stream_data_loader_type,
-            global_batch_size=config.train_global_batch_size,
-            micro_batch_size=config.train_micro_batch_size,
-            epochs=config.num_training_epoch,
-            incomplete_step=config.incomplete_step,
-            seed=f"{config.seed}/{episode}",
-        )
-        return TrainWork(self._graphs["trainer_flow"], stream, samples)
+        return training_work(self._config, self._graphs["trainer_flow"], episode, samples)
 
     def _refuse_too_few(self, episode: int, chosen: Batch) -> None:
         """A sampler whose whole choice is dropped as an incomplete step would train on nothing, unnoticed."""
@@ -117,3 +110,18 @@ class EpisodeFlows:
                 place=f"{describe_function(self._sampler)}, episode {episode + 1}",
                 fix=f"choose {needed} samples or more, or set runtime.incomplete_step to fill or keep",
             )
+
+
+def training_work(
+    config: RuntimeConfig, graph: FlowGraph, episode: int, samples: Batch | None = None
+) -> TrainWork:
+    """Return the train steps of episode `episode` (from 0), on `samples` or on what a flow delivers."""
+    stream = StreamDataset(
+        config.stream_data_loader_type,
+        global_batch_size=config.train_global_batch_size,
+        micro_batch_size=config.train_micro_batch_size,
+        epochs=config.num_training_epoch,
+        incomplete_step=config.incomplete_step,
+        seed=f"{config.seed}/{episode}",
+    )
+    return TrainWork(graph, stream, samples)

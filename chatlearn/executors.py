@@ -28,7 +28,7 @@ from chatlearn.module import state_of
 from chatlearn.observability.evaluation import EvaluationMetrics
 from chatlearn.observability.evaluation_progress import EvaluationProgress
 from chatlearn.program import Program, raise_problems
-from chatlearn.runtime.work import CallReport, Observer, Starting
+from chatlearn.runtime.work import CallReport, Observer, Starting, Tap
 from chatlearn.stage import Results, Stage, numbers_of_its_own
 
 Datasets = Sequence[Source] | Mapping[str, Source]
@@ -227,10 +227,11 @@ class Evaluator(Executor):
         observer: Observer | None = None,
         interrupted: Callable[[], bool] = lambda: False,
         note: Callable[[str], None] = lambda _: None,
+        tap: Tap | None = None,
     ) -> Results:
         """Evaluate on a stage whose modules are set up; leaves what was measured in `metrics`.
 
-        `note` is told, once each, what could not be measured or logged.
+        `note` is told, once each, what could not be measured or logged; `tap` sees every call.
         """
         runtime = stage.config
         measured = EvaluationMetrics(
@@ -260,6 +261,7 @@ class Evaluator(Executor):
                     starting=starting,
                     observer=observe,
                     interrupted=interrupted,
+                    tap=tap,
                 )
                 measured.returned(batches, prompts=len(dataset))
                 info.datasets[name] = _by_module(graph, batches)

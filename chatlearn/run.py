@@ -28,6 +28,7 @@ from chatlearn.observability.headline import EVAL
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
 from chatlearn.result import RunResult
+from chatlearn.run_record import RunRecord
 from chatlearn.runtime.work import Outcome
 from chatlearn.runtime.worker import Where
 from chatlearn.stage import Results, Stage
@@ -108,12 +109,14 @@ class Run:
         self._sampler, self._datasets = self._sampler_over_datasets()
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
         self._syncs = Syncs(self.program, self.stage, self.config)
+        self._record = RunRecord(self.program, self.stage, self._recorder, done)
         self._flows = EpisodeFlows(
             self.program,
             self.stage,
             self._recorder,
             self._replay,
             lambda: self._interruption.requested,
+            tap=self._record.tap,
         )
         resumed = self._go_on_from(self._resume_from) if self._resume_from is not None else []
         self._show_progress_of_calls(self._tick)
@@ -165,6 +168,7 @@ class Run:
             self._recorder.note("stopped; the same command with runtime.resume=auto goes on")
         if complete:
             export_models(self.program, self._recorder)
+        self._record.note_size()
         self.result.episodes = self.state.episode
         self.result.train_iteration = self.state.train_iteration
         self.stage.episode, self.stage.train_iteration = (
@@ -279,7 +283,8 @@ class Run:
         feed = Feed(self._datasets, draws, self._plan.group_size, drawn)
         self.stage.runtime.has_trained = False
         try:
-            outcome = self._flows.run(self.state.episode, feed)
+            with self._record.episode(self.state.episode + 1, self.state.train_iteration):
+                outcome = self._flows.run(self.state.episode, feed)
         except BaseException:
             self._is_whole = not self.stage.runtime.has_trained
             if self._is_whole:  # go back to where the episode began: a checkpoint repeats it
@@ -302,6 +307,7 @@ class Run:
             self.state.episode += 1
             self.state.after_episode_due = list(self.stage.runtime.workers)
             self._is_whole, self._rng_to_save = True, None
+            self._record.keep()  # only now: a disk that is full must not cost the episode
 
     def evaluate_if_due(self) -> None:
         """Run the evaluation flow every `eval_episode_interval` episodes."""
@@ -315,7 +321,7 @@ class Run:
             return {}
         graph = self.program.graphs["eval_flow"]
         info = EvalInfo.of(self.state.episode - 1, self.state.train_iteration)
-        with self._recorder.phase("evaluation"):
+        with self._record.evaluation(self.state.episode), self._recorder.phase("evaluation"):
             results = evaluator.run(
                 self.stage,
                 graph,
@@ -324,6 +330,7 @@ class Run:
                 observer=self._recorder.evaluation_call,
                 interrupted=lambda: self._interruption.requested,
                 note=self._recorder.note,
+                tap=self._record.tap,
             )
         self._recorder.evaluation_done(self.state.episode, results, evaluator.metrics)
         self._checkpointing.refuse_unknown_metric([EVAL + name for name in evaluator.metrics])

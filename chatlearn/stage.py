@@ -21,7 +21,7 @@ from chatlearn.flow.graph import FlowGraph
 from chatlearn.module import BaseModule, refuse_running
 from chatlearn.runtime.local import LocalRuntime
 from chatlearn.runtime.scheduler import Iterations
-from chatlearn.runtime.work import FlowWork, Observer, Starting
+from chatlearn.runtime.work import FlowWork, Observer, Starting, Tap
 
 Results = dict[str, list[Batch]]
 
@@ -125,6 +125,7 @@ class Stage:
         starting: Starting | None = None,
         observer: Observer | None = None,
         interrupted: Callable[[], bool] = lambda: False,
+        tap: Tap | None = None,
     ) -> dict[int, list[Batch]]:
         """Run an evaluation flow over a whole dataset, each prompt `eval_num_inference_per_prompt` times, in order.
 
@@ -136,6 +137,7 @@ class Stage:
             starting: told of every call before it is made.
             observer: told of every finished call.
             interrupted: asked before every call whether to stop.
+            tap: sees what goes into and comes out of every call.
 
         Returns:
             The batches of every returned node, by its index in the graph.
@@ -150,6 +152,7 @@ class Stage:
             starting=starting,
             observer=observer,
             interrupted=interrupted,
+            tap=tap,
         )
         return outcome.results
 

@@ -30,6 +30,7 @@ _SHOWN_AS = {
     "evaluation": "evaluating",
     "checkpoint": "saving",
     "replay": "replaying",
+    "record": "recording",
 }
 _TOKENS = "_tokens"
 
@@ -250,6 +251,11 @@ class Recorder:
             ("oldest_episode", oldest),
         ):
             self._episode.put(f"replay/{name}", value)
+
+    def recorded(self, written_bytes: int, seconds: float) -> None:
+        """Take the size of the episode's record, its evaluation included, and the time that recording took."""
+        self._episode.put("record/bytes", written_bytes)
+        self._episode.put("record/seconds", seconds)
 
     def evaluation_call(self, call: Call) -> None:
         """Take note of a finished call of the evaluation flow."""

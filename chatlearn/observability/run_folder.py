@@ -22,6 +22,7 @@ NAMES: Final = (
     "summary.json",
     "report.html",
     "flows",
+    "record",
     "checkpoints",
     "model",
     "tensorboard",
