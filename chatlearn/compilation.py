@@ -17,7 +17,7 @@ from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowE
 from chatlearn.flow.trace import check_names
 from chatlearn.module import call_hook, resolve_config, resolved_config
 from chatlearn.program import Executor, Program, SyncPair
-from chatlearn.program_checks import check_data, check_placement, check_replay
+from chatlearn.program_checks import check_data, check_failures, check_placement, check_replay
 from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
 from chatlearn.ranking import check_best_metric
 from chatlearn.runtime.flow_run import FlowRun
@@ -56,6 +56,7 @@ def compile_program(
         for check in (
             _check_graphs,
             check_placement,
+            check_failures,
             check_sync_parameters,
             check_best_metric,
             note_what_is_idle,

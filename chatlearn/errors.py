@@ -100,10 +100,6 @@ class DeadlineError(ModuleError):
     """A module's step took longer than `models.<name>.timeout_s`."""
 
 
-class DeadlineError(ModuleError):
-    """A module's step took longer than `models.<name>.timeout_s`."""
-
-
 class HookError(ModuleError):
     """A function that the user set on an engine or evaluator raised; the original exception is the `__cause__`."""
 

@@ -109,6 +109,22 @@ def check_replay(program: Program) -> None:
         )
 
 
+def check_failures(program: Program) -> None:
+    """Refuse to try train steps again, or to go on without them: half a step cannot be taken back."""
+    trainer = program.graphs.get("trainer_flow")
+    for module in trainer.modules if trainer else ():
+        key, asked = f"models.{module.name}.on_failure", resolved_config(module).on_failure
+        if asked != "stop":
+            program.problems.append(
+                ConfigError(
+                    f"{key}={asked}, but {module.name} stands in the trainer flow, and a train step that failed "
+                    "half-way can neither be repeated nor left out",
+                    place=program.place_of(key),
+                    fix="take the key out, and set it on modules that stand in the environment flow alone",
+                )
+            )
+
+
 def check_placement(program: Program) -> None:
     """Refuse names that do not exist; note what has no effect here, or another one than it seems."""
     config, names = program.config, [module.name for module in program.modules]

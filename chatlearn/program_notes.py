@@ -93,11 +93,27 @@ def _note_idle_modules(program: Program) -> None:
                 f"{key}: no effect, since no parameter sync leads into {module.name}"
             )
         _note_idle_replicas(program, module)
+        _note_idle_tries(program, module)
         key = f"models.{module.name}.generation_batch_size"
         if program.is_set(key) and module.batch_by == "episode":
             program.notes.append(
                 f"{key}: no effect, since {module.name} takes the whole episode at once"
             )
+
+
+def _note_idle_tries(program: Program, module: BaseModule) -> None:
+    config, start = resolved_config(module), f"models.{module.name}."
+    keys = [start + name for name in ("max_retries", "after_retries")]
+    idle = [key for key in keys if program.is_set(key)]
+    if idle and config.on_failure != "retry":
+        program.notes.append(f"{', '.join(idle)}: no effect without {start}on_failure=retry")
+    flow = program.graphs.get("env_flow")
+    drops = "drop_group" in (config.on_failure, config.after_retries)
+    if drops and (flow is None or module not in flow.modules):
+        program.notes.append(
+            f"models.{module.name}, drop_group: it stands in no environment flow, so no group is dropped; samples that "
+            "it fails on stay in the results of evaluations, without values"
+        )
 
 
 def _note_idle_replicas(program: Program, module: BaseModule) -> None:

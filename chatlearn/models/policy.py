@@ -31,8 +31,8 @@ class PolicyInference(BaseModule):
     Reads `prompt` (text or chat messages) or `prompt_ids` (tokens: tensors or lists of int), and
     `uid`. Where both are there, `prompt_ids` wins: drop that column to have a changed `prompt`
     encoded anew. (With a namespace, its own `prompt` goes before `prompt_ids` of others.) Adds
-    `prompt_ids`, `response_ids`, `rollout_logprobs`, `completion`, `finish_reason`, `temperature`
-    and `policy_version`; see `chatlearn.columns`.
+    `prompt_ids`, `response_ids`, `rollout_logprobs`, `completion`, `finish_reason`, `temperature`,
+    `policy_version` and `outcome`; see `chatlearn.columns`.
 
     A response is a function of the weights, the prompt and the key of its random numbers alone:
     the seed, this module's name, training or evaluation, the uid, and which call of the method in
@@ -51,6 +51,7 @@ class PolicyInference(BaseModule):
         columns.FINISH_REASON,
         columns.TEMPERATURE,
         columns.POLICY_VERSION,
+        columns.OUTCOME,
     )
 
     class Config(ModuleConfig):
@@ -325,6 +326,9 @@ class PolicyInference(BaseModule):
             columns.FINISH_REASON: [completion.finish_reason for completion in done],
             columns.TEMPERATURE: torch.full((len(done),), temperature, dtype=torch.float32),
             columns.POLICY_VERSION: torch.full((len(done),), self.policy_version),
+            columns.OUTCOME: [
+                columns.CUT if c.finish_reason == "length" else columns.OK for c in done
+            ],
         }
 
     def _report(self, prompt_ids: list[Tensor], done: Sequence[Completion]) -> None:

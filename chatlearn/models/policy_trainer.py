@@ -40,8 +40,9 @@ class PolicyTrainer(BaseModule):
     Reads `prompt_ids`, `response_ids`, `advantages` and the log-probs to compare with:
     `old_logprobs` if the flow made them (by this module's `forward_step`), else the sampler's
     `rollout_logprobs`. Optional: `ref_logprobs`, `loss_mask`, `temperature`, `policy_version`,
-    `uid`. A column that some samples have, all must have. The model runs in eval mode: dropout
-    would train another policy than the one that was sampled.
+    `uid`, `outcome`. A column that some samples have, all must have. Samples whose `outcome` is
+    `failed` or `timed_out` count nowhere: a step is what it would be without them. The model runs in
+    eval mode: dropout would train another policy than the one that was sampled.
 
     `mismatch` and `mismatch_max` say how far the sampler's log-probs are from the trainer's for the
     same weights. With `old_logprobs` they compare those with `rollout_logprobs`, in every step.
@@ -171,7 +172,7 @@ class PolicyTrainer(BaseModule):
             reads=sampled | columns.kinds_of(columns.ADVANTAGES),
             needs=needs,
             optional=columns.kinds_of(columns.LOSS_MASK, columns.TEMPERATURE, columns.UID)
-            | columns.kinds_of(columns.POLICY_VERSION),
+            | columns.kinds_of(columns.POLICY_VERSION, columns.OUTCOME),
             writes=(),
             would_read={} if has_kl else {columns.REF_LOGPROBS: "kl_coef above 0"},
         )
@@ -219,11 +220,15 @@ class PolicyTrainer(BaseModule):
                 not finite.
             NonFiniteError: the loss or its gradient is not finite.
         """
-        from chatlearn.training.samples import merge_samples
+        from chatlearn.training.samples import merge_samples, without_lost
         from chatlearn.training.step import train_step
 
         assert self.optimiser is not None, "setup() runs before any step"
-        batches = [data] if isinstance(data, Mapping) else data
+        given = [data] if isinstance(data, Mapping) else data
+        batches = without_lost(given)
+        if not any(map(_count, batches)) and any(map(_count, given)):
+            self.log(trained_tokens=0.0)  # all of them were lost
+            return
         samples = merge_samples(batches, module=self.name, needs_ref=self.config.kl_coef > 0)
         if self._moved_since_sampling(samples) and not samples.has_own_logprobs:
             # What differs now is what training has done, and no mismatch.
@@ -369,3 +374,7 @@ class PolicyTrainer(BaseModule):
             return nullcontext()
         model: Any = self.model
         return torch.autocast(model.device.type, torch.bfloat16)
+
+
+def _count(batch: Mapping[str, Any]) -> int:
+    return len(batch.get(columns.RESPONSE_IDS, ()))

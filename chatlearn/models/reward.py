@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from chatlearn import columns
 from chatlearn.config import ModuleConfig
-from chatlearn.errors import BatchError, ChatLearnError, ConfigError
+from chatlearn.errors import BatchError, ChatLearnError, ConfigError, RewardError
 from chatlearn.flow.declaration import Declaration, Need
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, state_of
 from chatlearn.rewards.function import ScoreFunction, Scorer, function_name, parameter_names
 
 
@@ -21,7 +21,8 @@ class FunctionReward(BaseModule):
     A function gets the whole batch: `completions`, `prompts`, and any other column by its
     parameter's name (`solver_rewards` for a column `solver/rewards`); it returns one number per
     sample (a list, tensor or array; booleans count as 0 and 1). A failure is an error, never a
-    zero.
+    zero; unless `on_failure` is `stop`, samples without a finite number fail alone: `outcome` says
+    so, and their rewards are NaN.
 
     Example:
         >>> def score(completions, answer):
@@ -34,7 +35,7 @@ class FunctionReward(BaseModule):
     that names them.
     """
 
-    writes = frozenset({columns.REWARDS})
+    writes = frozenset({columns.REWARDS, columns.OUTCOME})
 
     class Config(ModuleConfig):
         """Fields of `models.<name>`."""
@@ -92,7 +93,7 @@ class FunctionReward(BaseModule):
             ],
             optional={name for _, one in asked if one.is_optional for name in one.columns},
             reads_all=any(scorer.takes_all for scorer in self._scorers),
-            writes=columns.kinds_of(columns.REWARDS) | parts,
+            writes=columns.kinds_of(columns.REWARDS) | parts | self._marks(),
             passes_on=True,
         )
 
@@ -123,15 +124,33 @@ class FunctionReward(BaseModule):
         samples = len(data[texts[0]])
         total = torch.zeros(samples, dtype=torch.float64)
         scores: dict[str, Any] = {}
+        failed: dict[int, RewardError] = {}
+        stops = self.config.on_failure == "stop"
         for scorer, weight in zip(self._scorers, weights, strict=True):
-            values = torch.tensor(scorer(data), dtype=torch.float64)
+            values = torch.tensor(scorer(data, None if stops else failed), dtype=torch.float64)
             total += weight * values
             scores[f"{columns.REWARDS}/{scorer.name}"] = values
         scores[columns.REWARDS] = total
-        if samples:
-            self.log({name: float(values.mean()) for name, values in scores.items()})
+        if failed:
+            self._mark(data, failed, samples)
+        if samples > len(failed):
+            scored = [i for i in range(samples) if i not in failed]
+            self.log({name: float(values[scored].mean()) for name, values in scores.items()})
         data.update({name: values.float() for name, values in scores.items()})
         return data
+
+    def _marks(self) -> dict[str, str]:
+        """Return the kind of the column that says which samples failed, where there may be such."""
+        stops = self.config.on_failure == "stop"
+        return {} if stops else columns.kinds_of(columns.OUTCOME)
+
+    def _mark(self, data: dict[str, Any], failed: dict[int, RewardError], samples: int) -> None:
+        """Say in `outcome` which samples failed, and leave word why the first one did."""
+        outcomes = list(data.get(columns.OUTCOME, [columns.OK] * samples))
+        for index in failed:
+            outcomes[index] = columns.FAILED
+        data[columns.OUTCOME] = outcomes
+        state_of(self).failure = str(failed[min(failed)])
 
     def _weights(self) -> list[float]:
         """Return one weight per function, from the configuration."""

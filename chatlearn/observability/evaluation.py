@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from chatlearn.columns import PROMPT_UID, REWARDS, UID
-from chatlearn.flow.batching import Batch, is_number
+from chatlearn.flow.batching import Batch, is_number, select
 from chatlearn.flow.graph import FlowGraph, Node
 from chatlearn.observability.metrics import EpisodeMetrics
+from chatlearn.observability.outcomes import OutcomeCounts, kept_rows
 from chatlearn.observability.pass_at_k import Tally, measured_ks
 from chatlearn.observability.progress import Call as ShownCall
 
@@ -19,10 +20,14 @@ class Call(ShownCall, Protocol):
 
     @property
     def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def outcomes(self) -> Mapping[str, int]: ...
+    @property
+    def cause(self) -> str: ...
 
 
 class EvaluationMetrics:
-    """Collect what an evaluation measures.
+    """Collect what an evaluation measures, over the samples that have values; lost ones are counted.
 
     Args:
         graph: the evaluation flow.
@@ -56,6 +61,8 @@ class EvaluationMetrics:
         self._parts = {name: EpisodeMetrics() for name in datasets}
         self._tallies: dict[str, dict[str, Tally]] = {name: {} for name in datasets}
         self._rewards: dict[str, dict[int, dict[str, list[float]]]] = {d: {} for d in datasets}
+        self._outcomes = OutcomeCounts()
+        self._outcomes_of = {name: OutcomeCounts() for name in datasets}
         self._logged: set[str] = set()
         """Modules that logged rewards themselves."""
         self._now = ""
@@ -70,11 +77,14 @@ class EvaluationMetrics:
         """Take the numbers that a call logged."""
         for metrics in (self._overall, self._parts[self._now]):
             metrics.add(call.module, call.method, call.metrics, call.samples)
+        for counts in (self._outcomes, self._outcomes_of[self._now]):
+            counts.add(call)
         if any(_holds_rewards(name) for name in call.metrics):
             self._logged.add(call.module)
 
     def returned(self, batches: Mapping[int, Sequence[Batch]], prompts: int) -> None:
         """Take the batches of the returned nodes over one whole dataset of `prompts` prompts."""
+        batches = {index: [_living(part) for part in parts] for index, parts in batches.items()}
         if not self._ks:
             self._keep_rewards(batches)
             return
@@ -106,10 +116,12 @@ class EvaluationMetrics:
         owners = dict.fromkeys(owner for part in parts for owner in part)
         whole = {o: Tally.together(part[o] for part in parts if o in part) for o in owners}
         flat = {**self._overall.summary(), **self._of(whole), **self._means(*self._rewards)}
+        flat |= self._outcomes.metrics()
         if len(self._parts) > 1:
             for dataset, metrics in self._parts.items():
                 tallies = self._of(self._tallies[dataset])
                 own = {**metrics.summary(), **tallies, **self._means(dataset)}
+                own |= self._outcomes_of[dataset].metrics()
                 named = {f"{dataset}/{name}": value for name, value in own.items()}
                 if taken := flat.keys() & named:
                     self.notes.append(
@@ -178,6 +190,12 @@ class EvaluationMetrics:
         if UID in part:
             return [int(uid) // self._samples for uid in part[UID]]
         return [(position + i) // self._samples for i in range(size)]
+
+
+def _living(batch: Batch) -> Batch:
+    """Return the samples of a batch that have values."""
+    kept = kept_rows(batch)
+    return batch if kept is None else select(batch, kept)
 
 
 def _holds_rewards(name: str) -> bool:

@@ -31,6 +31,9 @@ EVAL: Final = "eval/"
 MOST_DATASETS: Final = 6
 """Datasets whose numbers stand on an evaluation's line."""
 
+OUTCOMES: Final = "outcomes/"
+"""Before counts of samples: `outcomes/<module>/failed`, `outcomes/dropped_groups`."""
+
 Labelled = tuple[tuple[str, float], ...]
 
 
@@ -203,7 +206,11 @@ def evaluation_highlights(metrics: Mapping[str, float], most: int = 4) -> Highli
     passes = [name for name in overall if pass_k(name) is not None]
     largest = max(passes, key=lambda name: pass_k(name) or 0, default=None)
     reward = find_key(overall, REWARD)
-    others = [n for n in overall if "@" not in _last_part(n) and not n.endswith("_tokens")]
+    others = [
+        n
+        for n in overall
+        if "@" not in _last_part(n) and not n.endswith("_tokens") and not n.startswith(OUTCOMES)
+    ]
     rivals = find_keys(
         overall, (_last_part(key or ""),)
     )  # of other modules, what the evaluation is for

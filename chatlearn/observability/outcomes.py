@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count how samples fared: as metrics, in a few words for the display, and the first failure of every module in full."""
+"""Count how samples fared: as metrics, in a few words for the display, and each module's first failure in full."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-OUTCOMES: Final = "outcomes/"
-"""Metrics `outcomes/<module>/failed` count samples of a module, `outcomes/masked_samples` those of the episode."""
+from chatlearn.columns import FAILED, OUTCOME, TIMED_OUT
+from chatlearn.observability.headline import OUTCOMES
+
 _WORDS: Final = {
     "failed": "failed",
     "timed_out": "timed out",
-    "masked_samples": "masked",
     "dropped_groups": "dropped",
 }
 
@@ -59,9 +59,9 @@ class FirstCauses:
     """Tells the first failure of every module, and in the end how many more there were.
 
     Example:
-        >>> causes = FirstCauses()
-        >>> causes.note_of(report)
-        'reward gave a sample up, the first of this run; more are counted as outcomes/reward/...\\n  ValueError: ...'
+        >>> print(causes.note_of(report))
+        reward gave a sample up, for the first time; further ones are counted in outcomes/reward/...
+          ValueError: bad completion
     """
 
     def __init__(self) -> None:
@@ -88,6 +88,13 @@ class FirstCauses:
             f"{module} gave up {samples} sample{'s' * (samples != 1)} in this run; see {OUTCOMES}{module}/..."
             for module, samples in self._lost.items()
         ]
+
+
+def kept_rows(batch: Mapping[str, Any]) -> list[int] | None:
+    """Return which samples of a batch have values: those that were not lost; None if all have."""
+    outcomes = list(batch.get(OUTCOME, ()))
+    kept = [row for row, outcome in enumerate(outcomes) if outcome not in (FAILED, TIMED_OUT)]
+    return None if len(kept) == len(outcomes) else kept
 
 
 def words(metrics: Mapping[str, float]) -> str:

@@ -389,4 +389,5 @@ def shown_numbers(metrics: Mapping[str, float]) -> str:
     if found.of_datasets:
         each = ", ".join(f"{name} {number(value)}" for name, value in found.of_datasets)
         parts[0] += f" ({each})"
-    return "  ".join(parts) or "(no numbers)"
+    lost = [text] if (text := words(metrics)) else []
+    return "  ".join([*parts, *lost]) or "(no numbers)"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, cast
 
+from chatlearn.columns import FAILED, TIMED_OUT
 from chatlearn.observability.jsonl import Row
 from chatlearn.observability.numbers import number
 
@@ -112,12 +113,16 @@ def _messages(prompt: Any) -> list[dict[str, Any]]:
 def _completion(row: Row, when: str, scale: tuple[float, float]) -> str:
     reward = row.get("rewards")
     chips = ""
-    if "rewards" in row:
+    outcome = row.get("outcome")
+    is_lost = outcome in (FAILED, TIMED_OUT)
+    if is_lost:
+        chips += f'<span class="chip warn">{outcome.replace("_", " ")}: no reward</span>'
+    elif "rewards" in row:
         chips += f'<span class="reward" {_tint(reward, scale)}>reward {_value(reward)}</span>'
     chips += "".join(
         f'<span class="chip">{escape(name.removeprefix(PART))} {_value(value)}</span>'
         for name, value in row.items()
-        if name.startswith(PART)
+        if name.startswith(PART) and not is_lost
     )
     advantage = row.get("advantages")
     if isinstance(advantage, int | float):

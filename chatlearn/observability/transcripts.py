@@ -22,6 +22,7 @@ KEPT: Final = (
     columns.REWARDS,
     columns.ADVANTAGES,
     columns.FINISH_REASON,
+    columns.OUTCOME,
     columns.POLICY_VERSION,
 )
 PART: Final = columns.REWARDS + "/"

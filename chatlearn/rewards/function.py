@@ -108,8 +108,15 @@ class Scorer:
             if parameter.kind not in variadic
         ]
 
-    def __call__(self, data: Mapping[str, Any]) -> list[float]:
+    def __call__(
+        self, data: Mapping[str, Any], failed: dict[int, RewardError] | None = None
+    ) -> list[float]:
         """Score a batch of columns.
+
+        Args:
+            data: the columns.
+            failed: takes, by its place in the batch, every sample that the function gave no finite
+                number for; its score is NaN. None makes the first such sample an error.
 
         Raises:
             RewardError: a parameter without column, an exception in the function (its cause), an
@@ -131,7 +138,7 @@ class Scorer:
                 place=self._place(),
                 fix="make it a plain `def`, or write a BaseModule whose `forward_step` is async",
             )
-        return self._numbers(result, data)
+        return self._numbers(result, data, failed)
 
     def _arguments(self, data: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return positional and keyword arguments by the function's signature."""
@@ -191,7 +198,9 @@ class Scorer:
             fix=f"use one of {available}, give the parameter a default, or add the column to the dataset",
         )
 
-    def _numbers(self, result: Any, data: Mapping[str, Any]) -> list[float]:
+    def _numbers(
+        self, result: Any, data: Mapping[str, Any], failed: dict[int, RewardError] | None
+    ) -> list[float]:
         """Turn a list, tensor or array into floats; refuse all but one finite number each."""
         if hasattr(result, "tolist"):
             result = result.tolist()  # tensors and arrays
@@ -209,7 +218,16 @@ class Scorer:
                 place=self._place(),
                 fix="return exactly one number per completion, in their order",
             )
-        return [self._number(value, index, data) for index, value in enumerate(values)]
+        scores: list[float] = []
+        for index, value in enumerate(values):
+            try:
+                scores.append(self._number(value, index, data))
+            except RewardError as error:
+                if failed is None:
+                    raise
+                failed.setdefault(index, error)
+                scores.append(math.nan)
+        return scores
 
     def _number(self, value: Any, index: int, data: Mapping[str, Any]) -> float:
         if hasattr(value, "item") and getattr(value, "size", 1) != 0:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlearn.columns import FAILED, TIMED_OUT, UID
+from chatlearn.columns import CUT, FAILED, TIMED_OUT, UID
 from chatlearn.errors import BatchError, DeadlineError, EngineError, ModuleError
 from chatlearn.flow.batching import Batch, isolate, join, merge, size, take
 from chatlearn.flow.graph import FEED, FlowGraph
@@ -27,9 +27,8 @@ from chatlearn.runtime.protocol import (
     node_specs,
 )
 from chatlearn.runtime.returned import (
-    count_cut,
-    failed_rows,
     marks_of,
+    new_marks,
     returned_numbers,
     sample_output,
     step_output,
@@ -220,11 +219,14 @@ class Pass:
         output, kept = sample_output(call, result.value, place)
         if not output and not (spec.filters and result.value is not None):
             self._refuse_missing(graph, spec.index, place)
-        outcomes = {**count_cut(before, output), **counted(call)}
+        marks = new_marks(before, output, kept)
+        rows = {row: mark for row, mark in marks.items() if mark != CUT}
+        cut = {CUT: len(marks) - len(rows)} if marks_of(output).keys() - before.keys() else {}
+        outcomes = {**cut, **counted(call)}
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
         metrics = {**result.metrics, **more}
         failed: tuple[int, ...] = ()
-        if rows := failed_rows(before, output, kept):
+        if rows:
             failed = tuple(rows if kept is None else (kept[row] for row in rows))
             self._fail_on(call, dict(zip(failed, rows.values(), strict=True)), place)
             output = without_rows(output, rows)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -120,14 +120,10 @@ def marks_of(batch: Batch) -> Marks:
     return {name: list(batch[name]) for name in names}
 
 
-def count_cut(before: Marks, output: Batch) -> dict[str, int]:
-    """Count the samples that a step has marked as cut; nothing, if it has made no such column."""
-    made = {name: column for name, column in marks_of(output).items() if name not in before}
-    return {CUT: sum(list(column).count(CUT) for column in made.values())} if made else {}
+def new_marks(before: Marks, output: Batch, kept: Sequence[int] | None) -> dict[int, str]:
+    """Return the rows of its output that a step marks as cut, failed or timed out, and with which of these.
 
-
-def failed_rows(before: Marks, output: Batch, kept: Sequence[int] | None) -> dict[int, str]:
-    """Return which rows of its output a step says it failed on, and whether they failed or timed out.
+    A mark that the sample had before in any such column is not the step's.
 
     Args:
         before: the marks that were there when it was called.
@@ -136,16 +132,18 @@ def failed_rows(before: Marks, output: Batch, kept: Sequence[int] | None) -> dic
     """
     found: dict[int, str] = {}
     for name, column in marks_of(output).items():
-        was = before.get(name, ())
+        if column == before.get(name):
+            continue
         for row, mark in enumerate(column):
-            if mark not in (FAILED, TIMED_OUT):
-                continue
             at = row if kept is None else kept[row]
-            if at >= len(was) or was[at] != mark:
-                found.setdefault(row, mark)
+            if mark in _MARKS and all(was[at] != mark for was in before.values()):
+                found[row] = max(mark, found.get(row, ""), key=_MARKS.index)
     return found
 
 
-def without_rows(output: Batch, rows: Mapping[int, Any]) -> Batch:
+_MARKS = ("", CUT, FAILED, TIMED_OUT)
+
+
+def without_rows(output: Batch, rows: Collection[int]) -> Batch:
     """Return a batch but for some rows."""
     return select(output, [row for row in range(size(output)) if row not in rows])

@@ -60,6 +60,28 @@ class TrainSamples:
         return [int(mask.sum()) for mask in self.loss_mask]
 
 
+def without_lost(batches: Sequence[Batch]) -> list[Batch]:
+    """Return micro-batches without the samples whose `outcome` says that they have no values.
+
+    Example:
+        >>> without_lost([{"uid": [7, 8], "outcome": ["cut", "failed"]}])
+        [{'uid': [7], 'outcome': ['cut']}]
+    """
+    return [_living(batch) for batch in batches]
+
+
+def _living(batch: Batch) -> Batch:
+    outcomes = list(batch.get(columns.OUTCOME, ()))
+    lost = (columns.FAILED, columns.TIMED_OUT)
+    if not any(outcome in lost for outcome in outcomes):
+        return batch
+    kept = [row for row, outcome in enumerate(outcomes) if outcome not in lost]
+    return {
+        name: column[kept] if isinstance(column, Tensor) else [column[row] for row in kept]
+        for name, column in batch.items()
+    }
+
+
 def merge_samples(
     batches: Sequence[Batch], *, module: str, needs_ref: bool = False
 ) -> TrainSamples:
@@ -98,7 +120,8 @@ def merge_samples(
         temperature = torch.stack([t.float().reshape(()) for t in source.each(columns.TEMPERATURE)])
     version = None
     if source.has(columns.POLICY_VERSION):
-        version = torch.stack([v.reshape(()) for v in source.each(columns.POLICY_VERSION)])
+        # A column that lost samples stood in is one of floats, for their NaN.
+        version = torch.stack([v.reshape(()).long() for v in source.each(columns.POLICY_VERSION)])
     advantages = source.advantages()
     samples = TrainSamples(
         source.uids,
