@@ -323,6 +323,7 @@ class _Watch:
         self._episode = episode
         self._made = made
         self._entered: list[Batch] = []
+        self._uids: list[int] = []
         self._states: dict[tuple[str, str], dict[Any, Any]] = {}
         self.delivered_samples: dict[int, dict[str, Any]] = {}
         """Cells of each sample that left the environment flow, by uid."""
@@ -338,6 +339,7 @@ class _Watch:
         if isinstance(node.module, StandIn):
             node.module.expect(call)
             return
+        self._uids = list(call.uids)
         self._entered = [isolate(batch) for batch in (data if isinstance(data, list) else [data])]
         states = self._random_states(flow, node.name).get(_key(call))
         if states is not None:
@@ -363,7 +365,7 @@ class _Watch:
         made = {
             n for before, b in zip(self._entered, batches, strict=False) for n in _made(before, b)
         }
-        again = Again(list(call.uids), came_out, step, kept, dict(metrics), made)
+        again = Again(self._uids, came_out, step, kept, dict(metrics), made)
         self._made.setdefault(node.name, []).append(again)
 
     def delivered(self, flow: str, uids: Sequence[int], samples: Batch) -> None:

@@ -26,7 +26,7 @@ from urllib.parse import quote
 from torch import Tensor
 
 from chatlearn.columns import UID
-from chatlearn.flow.batching import Batch, Column, select, size, take
+from chatlearn.flow.batching import Batch, Column, isolate, select, size, take
 from chatlearn.flow.graph import FEED, FlowGraph, Node
 from chatlearn.record.cells import UnkeepableError, dtype_name
 from chatlearn.record.sameness import same_column
@@ -42,9 +42,10 @@ LeftOut = Callable[[str, str, str], None]
 
 
 @dataclass(frozen=True)
-class Entered:
-    """A call under way: its inputs as they were before the module got them."""
+class _Entered:
+    """A call under way: its samples and inputs as they were before the module got them."""
 
+    uids: list[int]
     data: list[Batch]
     """One batch, or one per micro-batch."""
     random: int | None
@@ -61,11 +62,16 @@ class FlowWriter:
         self._groups = [] if feed is None else list(feed.groups)
         self._left_out = left_out
         self._batch = TableWriter()
-        self._ranges: dict[tuple[int, int], tuple[int, tuple[str, ...]]] = {}
-        """What was taken from the flow's own batch: the entry that holds it, and its columns."""
+        self._ranges: dict[tuple[int, int], int] = {}
+        """What was taken from the flow's own batch: the entry that holds it."""
+        self._columns_of: list[tuple[str, ...]] = []
+        """The columns of each entry."""
         self._nodes = [TableWriter() for _ in graph.nodes]
-        self._done: dict[int, list[list[str]]] = {}
-        """Per call, the columns of its output: of one batch, or per micro-batch."""
+        self._done: dict[int, list[dict[str, str]]] = {}
+        """Per call, the columns of its output and what they hold: of one batch, or per micro-batch."""
+        self._open: dict[int, _Entered] = {}
+        self._entries: dict[int, list[int]] = {}
+        """Per call, what it took from the flow's own batch."""
         self._returned: list[dict[int, int]] = [{} for _ in graph.nodes]
         """Per node, the call that returned each uid."""
         self._delivered_uids: list[int | None] = []
@@ -81,15 +87,19 @@ class FlowWriter:
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
+    def entered(self, node: Node, call: Call, data: Sequence[Batch], random: int) -> None:
+        """Keep what a call gets until it returns; one that fails never does."""
+        batches = [isolate(batch) for batch in data]
+        version = node.module.policy_version
+        self._open[call.id] = _Entered(list(call.uids), batches, random, version)
+        if call.step is None:
+            self._entries[call.id] = self._batch_entries(node, call)
+
     def returned(
-        self,
-        node: Node,
-        call: Call,
-        entered: Entered,
-        output: list[Batch],
-        numbers: Mapping[str, float],
+        self, node: Node, call: Call, output: list[Batch], numbers: Mapping[str, float]
     ) -> None:
-        """Keep a call that ended well."""
+        """Keep a call that ended well; `call.uids` are those that it did not fail on."""
+        entered = self._open.pop(call.id)
         table, at = self._nodes[node.index], self._nodes[node.index].rows
         entry = CallEntry(
             rows=sum(map(size, entered.data)),
@@ -99,44 +109,44 @@ class FlowWriter:
             random=entered.random,
             numbers=dict(numbers),
         )
-        kept = None
-        if call.step is None and node.module.filters_samples:
-            position = {uid: i for i, uid in enumerate(call.uids)}
-            kept = entry.kept = [position[int(uid)] for uid in output[0].get(UID, [])]
+        came_out = list(call.uids)
         if call.step is None:
-            entry.batch = self._batch_entry(node, call)
+            if node.module.filters_samples:
+                came_out = [int(uid) for uid in output[0].get(UID, [])] if output else []
+            if came_out != entered.uids:
+                position = {uid: i for i, uid in enumerate(entered.uids)}
+                entry.kept = [position[uid] for uid in came_out]
+            entry.batch = self._entries[call.id]
         else:
             entry.step = call.step.index
             entry.micro_batches = [size(data) for data in entered.data]
         for number, data in enumerate(entered.data):
-            layout_in = self._input_layout(node, call, number, data, table, at)
-            entry.inputs.append(table.layout(layout_in))
+            layout = self._input_layout(node, call, number, data, table, at)
+            entry.inputs.append(table.layout(layout))
             if number < len(output):
-                before = data if kept is None else select(data, kept)
-                offsets = kept if kept is not None else range(size(data))
-                entry.outputs.append(
-                    table.layout(
-                        self._output_layout(node, before, output[number], offsets, table, at)
-                    )
-                )
+                before = data if entry.kept is None else select(data, entry.kept)
+                offsets = range(size(data)) if entry.kept is None else entry.kept
+                layout = self._output_layout(node, before, output[number], offsets, table, at)
+                entry.outputs.append(table.layout(layout))
             at += size(data)
-        self._done[call.id] = [list(batch) for batch in output]
-        if output and output[0]:
-            came = call.uids if kept is None else [call.uids[i] for i in kept]
-            self._returned[node.index].update(dict.fromkeys(came, call.id))
-        table.add(entry, self._meta(len(table.calls), call, entry, entered.data))
+        self._done[call.id] = [{n: _signature(c) for n, c in batch.items()} for batch in output]
+        if output and output[0] and call.step is None:
+            self._returned[node.index].update(dict.fromkeys(came_out, call.id))
+        table.add(entry, self._meta(len(table.calls), call, entry, entered))
 
     def _meta(
-        self, number: int, call: Call, entry: CallEntry, data: Sequence[Batch]
+        self, number: int, call: Call, entry: CallEntry, entered: _Entered
     ) -> dict[str, Sequence[Any]]:
         """Return the numbers that stand in each row of a call."""
-        meta: dict[str, Sequence[Any]] = {"uid": list(call.uids)}
+        meta: dict[str, Sequence[Any]] = {"uid": entered.uids}
         if call.step is not None:
             positions = [p for part in call.step.micro_batches for p in part]
             meta = {
                 "uid": [self._uid_at(position) for position in positions],
                 "step": [call.step.index] * entry.rows,
-                "micro_batch": [m for m, batch in enumerate(data) for _ in range(size(batch))],
+                "micro_batch": [
+                    m for m, batch in enumerate(entered.data) for _ in range(size(batch))
+                ],
                 "position": positions,
             }
         each = {
@@ -157,10 +167,10 @@ class FlowWriter:
         found: dict[str, int] = {}
         for source, pieces in zip(node.inputs, call.inputs, strict=True):
             names: Iterable[str] = ()
-            if source == FEED:
-                first = pieces[0]
-                names = self._ranges.get((first.start, first.stop), (0, ()))[1]
-                names = self._delivered_columns if call.step is not None else names
+            if source == FEED and call.step is not None:
+                names = self._delivered_columns
+            elif source == FEED:
+                names = self._columns_of[self._entries[call.id][0]]
             elif pieces and (done := self._done.get(pieces[0].call)) is not None:
                 names = done[number] if number < len(done) else ()
             found.update(dict.fromkeys(names, source))
@@ -225,15 +235,17 @@ class FlowWriter:
         """Keep what a call takes from the flow's own batch, samples `start` to `stop` of it; once for equal ranges."""
         assert self._feed is not None, "only flows with a feed are fed"
         if (start, stop) not in self._ranges:
-            number = self._add_batch(batch, {"uid": list(self._feed.uids[start:stop])})
-            self._ranges[start, stop] = number, tuple(batch)
+            uids = list(self._feed.uids[start:stop])
+            self._ranges[start, stop] = self._add_batch(batch, {"uid": uids})
 
-    def _batch_entry(self, node: Node, call: Call) -> int | None:
-        """Return the entry of `batch.parquet` that a call has taken samples from."""
-        if call.step is not None or FEED not in node.inputs:
-            return None
-        piece = call.inputs[node.inputs.index(FEED)][0]
-        return self._ranges[piece.start, piece.stop][0]
+    def _batch_entries(self, node: Node, call: Call) -> list[int]:
+        """Return the entries of `batch.parquet` that a call has taken samples from."""
+        if call.origin >= 0:  # samples that are tried again, as they were taken then
+            return self._entries[call.origin]
+        if FEED not in node.inputs:
+            return []
+        pieces = call.inputs[node.inputs.index(FEED)]
+        return [self._ranges[piece.start, piece.stop] for piece in pieces]
 
     def _add_batch(
         self,
@@ -254,6 +266,7 @@ class FlowWriter:
                 layout.append(_placed(name, column, "stored", stored=stored))
         entry = CallEntry(rows=size(batch), inputs=[self._batch.layout(layout)])
         self._batch.add(entry, meta)
+        self._columns_of.append(tuple(batch))
         return len(self._batch.calls) - 1
 
     def given(self, samples: Batch) -> None:
@@ -276,18 +289,24 @@ class FlowWriter:
         for is_known, run in groupby(whole):
             stop = start + len(list(run))
             part, at = take(samples, start, stop), len(self._delivered_uids)
-            known = source.output_columns(uids[start]) if is_known else None
+            known = source.unchanged(uids[start], part) if is_known else None
             self._delivered_uids += uids[start:stop]
             meta = {"position": list(range(at, at + stop - start)), "uid": uids[start:stop]}
             self._add_batch(part, meta, known)
             start = stop
 
-    def output_columns(self, uid: int) -> dict[str, int]:
-        """Return, per column that leaves the flow with a sample, the number of the node that made it."""
+    def unchanged(self, uid: int, samples: Batch) -> dict[str, int]:
+        """Return, per column that leaves the flow as a node returned it, the number of that node.
+
+        Where lost samples stand among others, columns may have been given another dtype, and are nobody's output.
+        """
         found: dict[str, int] = {}
         for node in self.graph.outputs:
             columns = self._done[self._returned[node][uid]][0]
-            found.update(dict.fromkeys(columns, node))
+            for name, held in columns.items():
+                found.pop(name, None)
+                if name in samples and _signature(samples[name]) == held:
+                    found[name] = node
         return found
 
     # ---- writing ---------------------------------------------------------------------------------------------------
@@ -324,6 +343,14 @@ class FlowWriter:
         text = json.dumps(content)
         (folder / FLOW).write_text(text, encoding="utf-8")
         return written + len(text)
+
+
+def _signature(column: Column) -> str:
+    """Say what a column's cells are: the dtype of tensors, else that it is a list."""
+    if isinstance(column, Tensor):
+        return dtype_name(column)
+    kinds = {dtype_name(cell) if isinstance(cell, Tensor) else "list" for cell in column}
+    return kinds.pop() if len(kinds) == 1 else "list"
 
 
 def _placed(name: str, column: Column, source: Any, *, stored: str = "", node: int = -1) -> Place:

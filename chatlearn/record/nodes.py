@@ -123,9 +123,9 @@ class NodeRecord:
             return [cells[row] for row in rows]
         if place.source == "batch":
             cells = self.flow.batch_cells(place.name)
-            if call.entry.batch is not None:
-                start = self.flow.batch.starts[call.entry.batch]
-                return cells[start : start + len(rows)]
+            if not self.trains:
+                entered = self.flow.batch_rows(call.entry.batch)
+                return [cells[entered[cast("int", self.uids[row])]] for row in rows]
             positions = self.table.meta("position")
             return [cells[self.flow.positions[positions[row]]] for row in rows]
         source = self.flow.nodes[place.node]
@@ -166,7 +166,7 @@ class CallRecord:
 
     @property
     def kept_parts(self) -> list[Sequence[int]]:
-        """The rows of its output: those of its input, but for what a filter dropped."""
+        """The rows of its output: those of its input, but for samples that were dropped or failed."""
         if self.entry.kept is not None:
             return [[self.start + offset for offset in self.entry.kept]]
         return list(self.parts)

@@ -200,6 +200,15 @@ class FlowRecord:
                 cells += stored[start : start + entry.rows]
         return cells
 
+    def batch_rows(self, entries: Sequence[int]) -> dict[int, int]:
+        """Return the row of `batch` of each uid in some of its entries."""
+        uids = self.batch.meta("uid")
+        found: dict[int, int] = {}
+        for entry in entries:
+            start = self.batch.starts[entry]
+            found |= {uids[row]: row for row in range(start, start + self.batch.calls[entry].rows)}
+        return found
+
     def batch_of(self, entry: int, rows: Sequence[int] | None = None) -> Batch:
         """Return an entry of `batch` as it entered, or only those of its samples (counted from 0) in `rows`."""
         call, start = self.batch.calls[entry], self.batch.starts[entry]

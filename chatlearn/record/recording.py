@@ -31,9 +31,9 @@ from typing import Any, Final, cast
 import torch
 
 from chatlearn.errors import OutputError, os_error_behind, write_failure
-from chatlearn.flow.batching import Batch, isolate
+from chatlearn.flow.batching import Batch
 from chatlearn.flow.graph import Node
-from chatlearn.record.flow_writer import Entered, FlowWriter
+from chatlearn.record.flow_writer import FlowWriter
 from chatlearn.record.seen import Call, FlowWork, TrainWork
 from chatlearn.record.table import FORMAT
 
@@ -118,7 +118,6 @@ class Recording:
         self._flows: dict[str, FlowWriter] = {}
         self._receiver: FlowWriter | None = None
         """The trainer flow that gets what is delivered, if one runs."""
-        self._open: dict[tuple[str, int], Entered] = {}
         self._random: list[dict[str, Any]] = []
         self._number = 0
         self._opening: dict[str, Any] = {}
@@ -226,7 +225,6 @@ class Recording:
 
     def _forget(self) -> None:
         self._flows, self._random = {}, []
-        self._open.clear()
 
     # ---- what the runtime tells ------------------------------------------------------------------------------------
 
@@ -256,9 +254,7 @@ class Recording:
         """Keep a copy of a call's inputs until it returns, and the state that it finds the random generators in."""
         with self._timed():
             batches = data if isinstance(data, list) else [data]
-            version = node.module.policy_version
-            entered = Entered([isolate(batch) for batch in batches], self._random_state(), version)
-            self._open[flow, call.id] = entered
+            self._flows[flow].entered(node, call, batches, self._random_state())
 
     def returned(
         self,
@@ -271,8 +267,7 @@ class Recording:
         """Encode what a call got and returned."""
         with self._timed():
             batches = output if isinstance(output, list) else [output] if output else []
-            entered = self._open.pop((flow, call.id))
-            self._flows[flow].returned(node, call, entered, batches, metrics)
+            self._flows[flow].returned(node, call, batches, metrics)
 
     def delivered(self, flow: str, uids: Sequence[int], samples: Batch) -> None:
         """Take note of what a trainer flow gets."""

@@ -73,10 +73,11 @@ class StandIn(BaseModule):
 
     def __init__(self, node: Node, record: NodeRecord) -> None:
         super().__init__(f"{node.name}, recorded")
-        # As the node's own module has it, but columns come with the names that they have outside any namespace, and
-        # nothing can fail or hang here.
+        # As the node's own module has it, but columns come with the names that they have outside any namespace. Of
+        # samples that the node failed on the record has nothing, so they are lost here as they were then.
         own = resolved_config(node.module)
-        changes = {"namespace": None, "num_replica": 1, "on_failure": "stop", "timeout_s": None}
+        fate = own.after_retries if own.on_failure == "retry" else own.on_failure
+        changes = {"namespace": None, "num_replica": 1, "on_failure": fate, "timeout_s": None}
         state_of(self).config = own.model_copy(update=changes)
         self.batch_by = node.module.batch_by  # pyright: ignore[reportAttributeAccessIssue]
         self.filters_samples = node.module.filters_samples  # pyright: ignore[reportAttributeAccessIssue]

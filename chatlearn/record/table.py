@@ -62,9 +62,9 @@ class CallEntry:
     iteration: int = 0
     policy_version: int = 0
     kept: list[int] | None = None
-    """Of a filter: which of its samples came out."""
-    batch: int | None = None
-    """The entry of the flow's `batch.parquet` that samples were taken from."""
+    """Which of its samples came out, if not all: a filter drops some, a step may fail on some."""
+    batch: list[int] = field(default_factory=list[int])
+    """The entries of the flow's `batch.parquet` that samples were taken from."""
     random: int | None = None
     """Which of the episode's states the random generators were in."""
     step: int | None = None
