@@ -198,8 +198,7 @@ class Evaluator(Executor):
         prompts = sum(map(len, self._datasets(stage, graph).values()))
         samples = prompts * runtime.eval_num_inference_per_prompt
         with EvaluationProgress(samples, len(graph.nodes)) as display:
-            for warning in program.warnings:
-                display.note(f"warning: {warning}")
+            self._say_once([f"warning: {warning}" for warning in program.warnings], display.note)
             if lost:
                 display.note(
                     f"{', '.join(lost)}: measured with the weights that setup() makes; what a parameter sync "
@@ -270,11 +269,14 @@ class Evaluator(Executor):
                 first_prompt += len(dataset)
             self.metrics = measured.summary()
             notes = [*measured.notes, *self._post_processed(results, info)]
-        for text in notes:
+        self._say_once(notes, note)
+        return results
+
+    def _say_once(self, texts: Sequence[str], note: Callable[[str], None]) -> None:
+        for text in texts:
             if text not in self._said:
                 self._said.add(text)
                 note(text)
-        return results
 
     def _datasets(self, stage: Stage, graph: FlowGraph) -> dict[str, Dataset]:
         """Return the datasets that the flow's first module makes, by name; they are made once."""

@@ -327,7 +327,8 @@ def test_two_calls_of_a_policy_draw_different_numbers():
 
 def test_groups_of_one_are_noted():
     advantage = GroupAdvantage("advantage")
-    engine = Engine(Environment(lambda b: advantage.forward_step(b))).set_dataset(PROMPTS)
+    scored = [{"prompt": prompt, "rewards": 0.0} for prompt in PROMPTS]
+    engine = Engine(Environment(lambda b: advantage.forward_step(b))).set_dataset(scored)
     assert "every prompt has one sample" in engine.check().notes[0]
     chatlearn.init({"runtime": {"num_inference_per_prompt": 2}})
     assert engine.check().notes == []
