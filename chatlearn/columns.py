@@ -73,6 +73,9 @@ REWARDS: Final = "rewards"
 ADVANTAGES: Final = "advantages"
 RETURNS: Final = "returns"
 VALUES: Final = "values"
+RATIO: Final = "ratio"
+CLIPPED: Final = "clipped"
+LOSS_WEIGHT: Final = "loss_weight"
 
 OK: Final = "ok"
 CUT: Final = "cut"
@@ -104,6 +107,16 @@ COLUMNS: Final[dict[str, Column]] = {
         Column(ADVANTAGES, "float32", "[B] or ragged [T_i]", "per sample, or per response token"),
         Column(RETURNS, "float32", "ragged [T_i]", "regression target of the value model"),
         Column(VALUES, "float32", "ragged [T_i]", "the value model's estimates"),
+        Column(
+            RATIO,
+            "float32",
+            "ragged [T_i]",
+            "of an update: current over old probability; NaN where not trained on",
+        ),
+        Column(
+            CLIPPED, "int8", "ragged [T_i]", "of an update: 1 held back above, -1 below, else 0"
+        ),
+        Column(LOSS_WEIGHT, "float32", "[B]", "of an update: weight of each of its trained tokens"),
     )
 }
 

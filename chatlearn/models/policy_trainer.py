@@ -56,7 +56,7 @@ class PolicyTrainer(BaseModule):
     """
 
     shares_weights = True  # changes its weights in `train_step` only
-    writes = frozenset({columns.OLD_LOGPROBS})
+    writes = frozenset({columns.OLD_LOGPROBS, columns.RATIO, columns.CLIPPED, columns.LOSS_WEIGHT})
 
     class Config(ModuleConfig):
         """Fields of `models.<name>`, those set most often first."""
@@ -209,11 +209,14 @@ class PolicyTrainer(BaseModule):
 
     def train_step(
         self, data: Sequence[Mapping[str, Any]] | Mapping[str, Any], iteration: int = 0
-    ) -> None:
+    ) -> list[dict[str, Any]] | None:
         """Update the weights once on one global batch: a list of micro-batches, or one batch.
 
         How the batch comes cut does not matter: it is merged and cut anew by
         `max_tokens_per_micro_batch`.
+
+        Returns:
+            While a run is recorded, `ratio`, `clipped` and `loss_weight` per micro-batch.
 
         Raises:
             BatchError: no samples, a missing column, or one with wrong lengths or numbers that are
@@ -222,21 +225,24 @@ class PolicyTrainer(BaseModule):
         """
         from chatlearn.training.samples import merge_samples, without_lost
         from chatlearn.training.step import train_step
+        from chatlearn.training.token_log import TokenLog
 
         assert self.optimiser is not None, "setup() runs before any step"
         given = [data] if isinstance(data, Mapping) else data
         batches = without_lost(given)
         if not any(map(_count, batches)) and any(map(_count, given)):
             self.log(trained_tokens=0.0)  # all of them were lost
-            return
+            return None
         samples = merge_samples(batches, module=self.name, needs_ref=self.config.kl_coef > 0)
         if self._moved_since_sampling(samples) and not samples.has_own_logprobs:
             # What differs now is what training has done, and no mismatch.
             samples = replace(samples, rollout_logprobs=None)
-        report = train_step(self.model, self.optimiser, samples, self._step_settings())
+        log = TokenLog(samples) if active().runtime.record else None
+        report = train_step(self.model, self.optimiser, samples, self._step_settings(), log)
         if self.optimiser.skipped:
             report["skipped_updates"] = float(self.optimiser.skipped)
         self.log(**report)
+        return None if log is None else log.columns(given)
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Add `old_logprobs`: the current weights' log-probs of the responses, ragged float32

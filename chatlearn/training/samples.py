@@ -70,12 +70,18 @@ def without_lost(batches: Sequence[Batch]) -> list[Batch]:
     return [_living(batch) for batch in batches]
 
 
+def is_lost(batch: Batch) -> list[bool]:
+    """Tell of each sample whether its `outcome` says that it has no values."""
+    count = len(batch.get(columns.RESPONSE_IDS, ()))
+    outcomes = list(batch.get(columns.OUTCOME, (columns.OK,) * count))
+    return [outcome in (columns.FAILED, columns.TIMED_OUT) for outcome in outcomes]
+
+
 def _living(batch: Batch) -> Batch:
-    outcomes = list(batch.get(columns.OUTCOME, ()))
-    lost = (columns.FAILED, columns.TIMED_OUT)
-    if not any(outcome in lost for outcome in outcomes):
+    lost = is_lost(batch)
+    if not any(lost):
         return batch
-    kept = [row for row, outcome in enumerate(outcomes) if outcome not in lost]
+    kept = [row for row, gone in enumerate(lost) if not gone]
     return {
         name: column[kept] if isinstance(column, Tensor) else [column[row] for row in kept]
         for name, column in batch.items()

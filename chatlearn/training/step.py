@@ -33,6 +33,7 @@ from chatlearn.training.logprobs import Layout, divisors, lay_out, token_logprob
 from chatlearn.training.optimiser import Optimiser
 from chatlearn.training.packing import Rows, micro_batches
 from chatlearn.training.samples import TrainSamples
+from chatlearn.training.token_log import TokenLog
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,17 @@ class StepSettings:
 
 
 def train_step(
-    model: Any, optimiser: Optimiser, samples: TrainSamples, settings: StepSettings
+    model: Any,
+    optimiser: Optimiser,
+    samples: TrainSamples,
+    settings: StepSettings,
+    log: TokenLog | None = None,
 ) -> dict[str, float]:
     """Update `model` once on a global batch and return what happened.
 
     The loss is `sum over trained tokens of weight * (policy loss + kl_coef * KL - entropy_coef *
     entropy)`. A batch without any trained token changes nothing and reports `trained_tokens` 0.
+    `log` takes the numbers of every token down.
 
     Returns:
         `loss`, `pg_loss`, `grad_norm` (before clipping), `lr`, `trained_tokens`; means over trained
@@ -71,7 +77,7 @@ def train_step(
         NonFiniteError: the loss or the gradient norm is not finite (unless the optimiser skips such
             updates).
     """
-    report = accumulate(model, optimiser, samples, settings)
+    report = accumulate(model, optimiser, samples, settings, log)
     report["lr"] = optimiser.lr
     report["grad_norm"] = 0.0
     if report["trained_tokens"] == 0:
@@ -84,7 +90,11 @@ def train_step(
 
 
 def accumulate(
-    model: Any, optimiser: Optimiser, samples: TrainSamples, settings: StepSettings
+    model: Any,
+    optimiser: Optimiser,
+    samples: TrainSamples,
+    settings: StepSettings,
+    log: TokenLog | None = None,
 ) -> dict[str, float]:
     """Leave the gradient of the global batch's loss in the parameters, and return the means of
     `train_step`.
@@ -96,6 +106,8 @@ def accumulate(
         settings.aggregation, tokens_B, denominators, norm_length=settings.norm_length,
         dtype=torch.float64,
     )  # fmt: skip
+    if log is not None:
+        log.weigh(weights_B)
     temperature_B = divisors(samples.temperature, len(tokens_B))
     trained = [sample for sample, tokens in enumerate(trained_tokens) if tokens]
     lengths = [
@@ -106,7 +118,9 @@ def accumulate(
     meter = _Meter()
     for bucket in micro_batches(lengths, settings.max_tokens, packing=settings.packing):
         rows = [[trained[place] for place in row] for row in bucket]
-        _backward(model, rows, samples, settings, weights_B, temperature_B, meter)
+        policy = _backward(model, rows, samples, settings, weights_B, temperature_B, meter)
+        if log is not None:
+            log.add(rows, policy)
     return meter.report(denominators)
 
 
@@ -118,7 +132,7 @@ def _backward(
     weights_B: Tensor,
     temperature_B: Tensor | None,
     meter: _Meter,
-) -> None:
+) -> PolicyLoss:
     """Add one micro-batch's gradient to the parameters, and its numbers to the meter."""
     device = model.device
     layout = lay_out(
@@ -157,6 +171,7 @@ def _backward(
         difference_N = own_N - gather.tokens(samples.rollout_logprobs)
     pg_loss = aggregate(policy.loss_N.detach(), layout.sample_N, weights_B)
     meter.add(loss.detach(), pg_loss, policy, entropy_N.detach(), kl_N, difference_N)
+    return policy
 
 
 class _Gather:
