@@ -52,12 +52,13 @@ def compile_program(
         _check_arithmetic,
     ):
         _collect(program, check)
+    if not any(isinstance(problem, ConfigError) for problem in program.problems):
+        _collect(program, check_sync_parameters)
     if not program.problems:  # what needs a module's configuration, or whole graphs
         for check in (
             _check_graphs,
             check_placement,
             check_failures,
-            check_sync_parameters,
             check_best_metric,
             note_what_is_idle,
             note_what_may_surprise,

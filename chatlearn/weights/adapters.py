@@ -85,16 +85,17 @@ def _merged(name: str, layer: Any) -> nn.Module:
     """Return the layer that a wrapper stands for: a copy, its active adapters merged."""
     copied = copy.deepcopy(layer)
     enabled = not copied.disable_adapters
+    merges = enabled and not set(copied.active_adapters) <= set(copied.merged_adapters)
     try:
-        if not enabled and getattr(copied, "merged", False):
+        if not enabled and copied.merged_adapters:
             copied.unmerge()
         if hasattr(copied, "original_module") and not enabled:
             return copied.original_module
         if hasattr(copied, "unload_and_optionally_merge_module"):
             return copied.unload_and_optionally_merge_module(
-                merge=enabled, safe_merge=False, adapter_names=None
+                merge=merges, safe_merge=False, adapter_names=None
             )
-        if enabled:
+        if merges:
             copied.merge()
         return copied.get_base_layer()
     except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:

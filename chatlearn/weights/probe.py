@@ -164,13 +164,13 @@ def _mismatch(
 def _causes(source: BaseModule, destination: BaseModule) -> Iterable[str]:
     """Say what is known to differ between two models whose states are equal."""
     ours, theirs = (_settings(module.model) for module in (source, destination))
-    different = [
+    settings = [
         f"{key} ({ours.get(key)!r}, {theirs.get(key)!r})"
         for key in sorted({*ours, *theirs})
         if ours.get(key) != theirs.get(key)
     ]
-    if different and ours and theirs:
-        yield f"their model configurations differ: {', '.join(different)}"
+    if settings and ours and theirs:
+        yield f"their model configurations differ: {', '.join(settings)}"
     state: Mapping[str, Any] = call_hook(destination, "state_dict")
     carried = {_key(tensor) for tensor in state.values() if isinstance(tensor, Tensor)}
     own = dict(named_tensors(source))
@@ -179,11 +179,12 @@ def _causes(source: BaseModule, destination: BaseModule) -> Iterable[str]:
         for name, tensor in named_tensors(destination)
         if name not in state and _key(tensor) not in carried
     }
-    others = [n for n, tensor in left_out.items() if n in own and not _equal(own[n], tensor)]
-    if others:
-        yield f"tensors outside the state differ: {_cut(others)}"
-    elif left_out:
-        yield f"tensors of {destination.name} that its state does not carry: {_cut(list(left_out))}"
+    different = [n for n, tensor in left_out.items() if n in own and not _equal(own[n], tensor)]
+    if different:
+        yield f"tensors outside the state differ: {_cut(different)}"
+    unknown = [name for name in left_out if name not in own]
+    if unknown:
+        yield f"tensors of {destination.name} that its state does not carry: {_cut(unknown)}"
 
 
 def _settings(model: Any) -> dict[str, Any]:
