@@ -5,17 +5,28 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from chatlearn.data.stream import StreamDataset
 from chatlearn.flow.graph import FEED
 from chatlearn.flow.steps import Step
-from chatlearn.runtime.protocol import Call, Deliver, Finished, NodeSpec, Piece
+from chatlearn.runtime.protocol import (
+    Call,
+    Command,
+    Deliver,
+    Failed,
+    Finished,
+    Lost,
+    NodeSpec,
+    Piece,
+)
 from chatlearn.runtime.scheduler import Samples, Scheduler
 
 Seconds = Callable[[Call], float]
+Fails = Callable[[Call], bool | Collection[int]]
+"""Whether a call raises, or the uids of the samples that it says it failed on."""
 
 
 def node(index: int, *inputs: int, **more: Any) -> NodeSpec:
@@ -61,6 +72,7 @@ class VirtualClock:
         source: StreamDataset | None = None,
         seconds: Seconds = lambda call: 1.0,
         keeps: Callable[[int], bool] = lambda uid: True,
+        fails: Fails = lambda call: False,
         at_once: int | None = None,
     ) -> None:
         self.nodes = list(nodes)
@@ -69,7 +81,7 @@ class VirtualClock:
         self._uids = list(range(100, 100 + samples))
         groups = [i // group for i in range(samples)] if isinstance(group, int) else list(group)
         self._group = dict(zip(self._uids, groups, strict=True))
-        self._seconds, self._keeps = seconds, keeps
+        self._seconds, self._keeps, self._fails = seconds, keeps, fails
         self.iterations: Counter[tuple[str, str]] = Counter()
         self.scheduler = Scheduler(
             {name: range(count) for name, count in self.replicas.items()},
@@ -83,6 +95,10 @@ class VirtualClock:
         self.delivered: list[Any] = []
         self.delivered_at: list[float] = []
         self.delivered_uids: list[int] = []
+        self.lost: list[tuple[int, int]] = []
+        """Node and uid of samples that were given up."""
+        self.finished: list[tuple[int, tuple[int, ...]]] = []
+        """Node and uids of the samples that a call succeeded on."""
         self._values: dict[int, list[Any]] = {}
         self._running: list[tuple[float, int, Timed]] = []
 
@@ -91,8 +107,8 @@ class VirtualClock:
         self._take(self.scheduler.start())
         while self._running:
             self.now, _, timed = heapq.heappop(self._running)
-            self._take(self.scheduler.on(self._finished(timed)))
-        assert self.scheduler.complete, "deadlock"
+            self._take(self.scheduler.on(self._ended(timed)))
+        assert self.scheduler.complete or self.scheduler.has_failed, "deadlock"
         return self
 
     def of(self, index: int) -> list[Timed]:
@@ -120,11 +136,19 @@ class VirtualClock:
                 work[timed.call.replica] += len(timed.uids)
         return work
 
-    def _take(self, commands: Sequence[Call | Deliver]) -> None:
+    def _take(self, commands: Sequence[Command]) -> None:
         for command in commands:
+            if isinstance(command, Lost):
+                node = next(t.call.node.index for t in self.calls if t.call.id == command.call)
+                self.lost += [(node, uid) for uid in command.uids]
+                continue
             if isinstance(command, Deliver):
                 columns = [self._gather(pieces) for pieces in command.inputs]
-                self.delivered += zip(*columns, strict=True)
+                live = zip(*columns, strict=True)
+                self.delivered += [
+                    None if at in command.lost else next(live) for at in range(len(command.uids))
+                ]
+                assert next(live, None) is None
                 self.delivered_uids += command.uids
                 self.delivered_at += [self.now] * (len(self.delivered) - len(self.delivered_at))
                 continue
@@ -134,10 +158,15 @@ class VirtualClock:
             self.calls.append(timed)
             heapq.heappush(self._running, (timed.stop, command.id, timed))
 
-    def _finished(self, timed: Timed) -> Finished:
+    def _ended(self, timed: Timed) -> Finished | Failed:
         call = timed.call
+        fails = self._fails(call)
+        if fails is True:
+            return Failed(call.id)
         if call.step is not None:
             return Finished(call.id)
+        marked = set[int]() if fails is False else set(fails)
+        self.finished.append((call.node.index, tuple(u for u in call.uids if u not in marked)))
         columns = [self._gather(pieces) for pieces in call.inputs]
         made = [
             (call.node.index, uid, *values)
@@ -150,12 +179,13 @@ class VirtualClock:
             made = [(*value, *mates[uid]) for uid, value in zip(call.uids, made, strict=True)]
         elif call.node.batch_by == "episode":
             made = [(*value, *call.uids) for value in made]
+        failed = tuple(i for i, uid in enumerate(call.uids) if uid in marked)
         if not call.node.filters:
-            self._values[call.id] = made
-            return Finished(call.id)
-        kept = tuple(i for i, uid in enumerate(call.uids) if self._keeps(uid))
+            self._values[call.id] = [value for i, value in enumerate(made) if i not in failed]
+            return Finished(call.id, failed=failed)
+        kept = tuple(i for i, uid in enumerate(call.uids) if self._keeps(uid) and uid not in marked)
         self._values[call.id] = [made[i] for i in kept]
-        return Finished(call.id, kept)
+        return Finished(call.id, kept, failed=failed)
 
     def _gather(self, pieces: Sequence[Piece]) -> list[Any]:
         return [

@@ -38,7 +38,7 @@ class Portion:
     iteration: int = -1
     """Of that call, and so of every further one for its samples."""
     replica: int = -1
-    """The replica that failed last; another one goes before it."""
+    """The replica that failed last; it gets them again only if it is the only one."""
 
 
 def runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -74,8 +74,12 @@ class _Replicas:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def has_free(self, other_than: int) -> bool:
+        """Tell whether a replica is free: another one than `other_than`, unless that is the only one there is."""
+        return bool(self.free - {other_than} if len(self) > 1 else self.free)
+
     def take(self, samples: int, *, other_than: int = -1) -> int:
-        """Give `samples` samples to the free replica with the least load, to `other_than` only if no other is free."""
+        """Give `samples` samples to the free replica with the least load (see `has_free`)."""
         replica = min(self.free - {other_than} or self.free, key=self._load)
         self.free.remove(replica)
         self._samples[replica] += samples
@@ -255,7 +259,7 @@ class Scheduler:
             return
         yield from self._deliveries()
         while self._at_once is None or len(self._running) < self._at_once:
-            heads = ((q[0], name) for name, q in self._queues.items() if q and self._is_free(name))
+            heads = ((q[0], name) for name, q in self._queues.items() if q and self._may_run(name))
             first = min(heads, default=None)
             if first is None:
                 return
@@ -263,8 +267,11 @@ class Scheduler:
             heapq.heappop(self._queues[module])
             yield self._call(work, self._replicas[module])
 
-    def _is_free(self, module: str) -> bool:
-        return bool(self._replicas[module].free)
+    def _may_run(self, module: str) -> bool:
+        """Tell whether a replica is free for what stands first in a module's queue."""
+        _, _, work = self._queues[module][0]
+        failed_on = work.replica if isinstance(work, Portion) else -1
+        return self._replicas[module].has_free(failed_on)
 
     def _deliveries(self) -> Iterator[Deliver]:
         if self.flow is None:

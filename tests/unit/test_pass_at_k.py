@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -165,6 +165,8 @@ class Call:
     metrics: dict[str, float]
     method: str = "eval_step"
     samples: int = 2
+    outcomes: dict[str, int] = field(default_factory=dict)
+    cause: str = ""
 
 
 def test_the_mean_reward_of_one_sample_per_prompt_where_the_module_logged_none() -> None:
