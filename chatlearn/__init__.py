@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from chatlearn.flow.trace import ControlDependencies
     from chatlearn.module import BaseModule
     from chatlearn.presets import DPOEngine, EvalEngine, GRPOEngine, OnlineDPOEngine, RLHFEngine
+    from chatlearn.time_travel import replay
+
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "declares",
     "init",
+    "replay",
 ]
 
 _HOME = {
@@ -62,6 +65,7 @@ _HOME = {
     "Trainer": "chatlearn.executors",
     "declares": "chatlearn.flow.declaration",
     "init": "chatlearn.config",
+    "replay": "chatlearn.time_travel",
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: run | check | graph | explain | eval | report.
+"""The command line: run | check | graph | explain | eval | report | replay | why.
 
 What is heavy is imported inside the command that needs it, so that `chatlearn --help` is instant.
 """
@@ -7,7 +7,7 @@ What is heavy is imported inside the command that needs it, so that `chatlearn -
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +16,7 @@ import typer
 
 from chatlearn import __version__
 from chatlearn.errors import ChatLearnError, ConfigError, FlowError, ModuleError
+from chatlearn.script import execute, inspect
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="For example runtime.num_episode=3."),
 ]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +62,7 @@ def options(
 def run(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
     """Run a script or recipe; `-- ARGS` go to the script."""
     with _command(target, overrides) as script:
-        _execute(script, context.obj or ())
+        execute(script, context.obj or ())
 
 
 @app.command()
@@ -79,7 +81,7 @@ def check(
 ) -> None:
     """Trace the flows and validate everything, without loading weights."""
     with _command(target, overrides) as script:
-        program: Program = _inspect(script, context.obj or (), _dry_run if dry_run else _check)
+        program: Program = inspect(script, context.obj or (), _dry_run if dry_run else _check)
         out = _console()
         for name, graph in program.graphs.items():
             calls = " -> ".join(node.name for node in graph.nodes)
@@ -107,7 +109,7 @@ def graph(
 ) -> None:
     """Draw the flows in the terminal; write them as Mermaid and SVG."""
     with _command(target, overrides) as script:
-        program: Program = _inspect(script, context.obj or (), _check)
+        program: Program = inspect(script, context.obj or (), _check)
         written: list[Path] = []
         for name, flow in program.graphs.items():
             written += _draw(name, flow, program.graphs, out)
@@ -120,7 +122,7 @@ def graph(
 def explain(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
     """Print the arithmetic of the episodes, what runs when, and who set each value."""
     with _command(target, overrides) as script:
-        program: Program = _inspect(script, context.obj or (), _check)
+        program: Program = inspect(script, context.obj or (), _check)
         from chatlearn.explain import print_explanation
 
         print_explanation(program, _console())
@@ -131,7 +133,7 @@ def explain(context: typer.Context, target: Target, overrides: Overrides = None)
 def evaluate(context: typer.Context, target: Target, overrides: Overrides = None) -> None:
     """Evaluate instead of training."""
     with _command(target, overrides) as script:
-        results, metrics = _inspect(script, context.obj or (), _evaluate)
+        results, metrics = inspect(script, context.obj or (), _evaluate)
         for name, batches in results.items():
             count = sum(max((len(column) for column in b.values()), default=0) for b in batches)
             typer.echo(f"{name}: {count} samples")
@@ -140,9 +142,7 @@ def evaluate(context: typer.Context, target: Target, overrides: Overrides = None
 
 
 @app.command()
-def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-) -> None:
+def report(run_folder: RunFolder) -> None:
     """Render report.html of a run folder again."""
     with _errors_reported(run_folder):
         if not run_folder.is_dir():
@@ -152,6 +152,68 @@ def report(
         from chatlearn.observability.report import write_report
 
         typer.echo(f"wrote {write_report(run_folder)}")
+
+
+@app.command()
+def replay(
+    context: typer.Context,
+    run_folder: RunFolder,
+    overrides: Overrides = None,
+    episode: Annotated[
+        int | None, typer.Option(help="Number of the episode; the newest recorded one.")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option(help="Node to run again; all behind the rollouts, if not given.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Further node to take from the record.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(metavar="UID,...", help="Run the node for these samples only.")
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--eval", help="Look in the evaluation after the episode.")
+    ] = False,
+    script: Annotated[
+        Path | None, typer.Option(help="Where the run's script is now, if it was moved.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Parquet file for what the node returns.")
+    ] = None,
+) -> None:
+    """Run part of a recorded episode again, with the code of now, and compare."""
+    with _errors_reported(run_folder):
+        from chatlearn import time_travel
+        from chatlearn.comparison_table import print_replay
+
+        path = time_travel.script_of(run_folder, episode, script)
+        with _errors_reported(path):
+            replayed = time_travel.replay(
+                run_folder,
+                episode=episode,
+                node=node,
+                keep=keep or (),
+                samples=_uids(samples),
+                evaluation=evaluation,
+                script=path,
+                arguments=context.obj or None,
+                overrides=overrides or (),
+                out=out,
+            )
+        print_replay(replayed, _console())
+        if out is not None:
+            typer.echo(f"wrote {out}")
+
+
+def _uids(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--samples takes numbers, not {text!r}", fix="write --samples 96,97"
+        ) from None
 
 
 # Running the user's script
@@ -178,46 +240,6 @@ def _script_of(config: Config, recipe: Path) -> Path:
             fix="add `script: train.py`, relative to the recipe",
         )
     return config.script
-
-
-def _execute(script: Path, arguments: Sequence[str]) -> None:
-    """Run the script as `python script.py arguments` would."""
-    import runpy
-
-    if not script.is_file():
-        raise ConfigError(
-            f"there is no script {script}",
-            place=str(Path.cwd()),
-            fix="give the path of a Python script, or of a recipe (.yaml) with a `script` key",
-        )
-    argv, path = sys.argv, sys.path
-    sys.argv = [str(script), *arguments]
-    sys.path = [str(script.resolve().parent), *sys.path]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    finally:
-        sys.argv, sys.path = argv, path
-
-
-def _inspect(script: Path, arguments: Sequence[str], action: Callable[[Any], Any]) -> Any:
-    """Run the script up to its first `learn()` or `eval()` and return what `action` makes of it."""
-    from chatlearn.inspection import Inspection, inspecting
-
-    try:
-        with inspecting(action):
-            _execute(script, arguments)
-    except Inspection as stopped:
-        if stopped.error is not None:
-            raise stopped.error from stopped.error.__cause__
-        return stopped.result
-    except SystemExit as stopped:
-        if stopped.code:
-            raise
-    raise ConfigError(
-        "the script ended without calling learn() or eval()",
-        place=str(script),
-        fix="call engine.learn(); code under `if __name__ == '__main__':` runs here too",
-    )
 
 
 def _check(subject: Any) -> Program:

@@ -6,16 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatlearn.flow.batching import Batch
 from chatlearn.record.nodes import ABSENT, NodeRecord
 from chatlearn.record.reading import EpisodeRecord
 from chatlearn.record.sameness import Difference, compare_columns
 from chatlearn.rerun import Again
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _SHOWN = 5
 
@@ -132,7 +129,7 @@ def _compare_steps(record: NodeRecord, calls: Sequence[Again]) -> NodeComparison
         parts = zip(recorded[step].outputs(), made[step].output, strict=False)
         for old, new in parts:
             own = [next(uids) for _ in range(_size(old))]
-            for name in old.keys() & new.keys():
+            for name in (name for name in old if name in new):
                 known = columns.setdefault(name, ([], [], []))
                 for into, values in zip(known, (own, old[name], new[name]), strict=True):
                     into.extend(values)
@@ -163,60 +160,3 @@ def _equal(old: float | None, new: float | None) -> bool:
     if old is None or new is None:
         return old is new
     return old == new or (math.isnan(old) and math.isnan(new))
-
-
-# ---- for people ---------------------------------------------------------------------------------------------------
-
-
-def print_comparison(comparison: NodeComparison, console: Console) -> None:
-    """Print one node's table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    what = "update" if comparison.trains else "sample"
-    plural = "s" * (comparison.samples != 1)
-    title = f"{comparison.node}  {comparison.samples} {what}{plural} compared"
-    if comparison.is_equal:
-        title += ": equal, bit for bit"
-    console.print(Text(title, style="bold green" if comparison.is_equal else "bold"))
-    for remark in comparison.remarks:
-        console.print(Text(f"  {remark}", style="yellow"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("  column", "result", "largest difference", "where"):
-        table.add_column(heading, overflow="fold")
-    for column in comparison.columns:
-        where = f"uid {', '.join(map(str, column.uids))}" if column.uids else ""
-        where += ", ..." if column.differing > len(column.uids) else ""
-        _add_row(table, column.column, column.is_equal, _result(column), column.largest, where)
-    for item in comparison.numbers:
-        result = (
-            "equal" if not item.differing else f"{item.differing} of {item.steps} updates differ"
-        )
-        where = f"{_shown(item.recorded)} then, {_shown(item.made)} now" if item.differing else ""
-        largest = item.largest if item.differing else None
-        _add_row(table, item.name, not item.differing, result, largest, where)
-    if table.row_count:
-        console.print(table)
-    console.print()
-
-
-def _add_row(
-    table: Any, name: str, is_equal: bool, result: str, largest: float | None, where: str
-) -> None:
-    from rich.text import Text
-
-    gap = "" if largest is None or is_equal else f"{largest:.3g}"
-    style = "green" if is_equal else "yellow"
-    cells = (Text(f"  {name}"), Text(result, style=style), Text(gap), Text(where))
-    table.add_row(*cells)
-
-
-def _result(column: Difference) -> str:
-    if column.is_equal:
-        return "equal"
-    counted = f"{column.differing} of {column.samples} differ" if column.differing else ""
-    return "; ".join(part for part in (counted, column.note) if part)
-
-
-def _shown(value: float | None) -> str:
-    return "nothing" if value is None else f"{value:.9g}"

@@ -120,23 +120,38 @@ def _in_script(
     act: Any,
 ) -> Replay:
     """Run the script as it was run, up to its engine, and `act` on that."""
-    path = Path(script) if script is not None else Path(start["script"])
-    path = path.resolve()
-    if not path.is_file() or (script is None and not start["script"]):
-        was = (
-            f"the script of the run, {path}, is gone"
-            if start["script"]
-            else "the run has no script"
-        )
-        raise ConfigError(
-            was if script is None else f"there is no script {path}",
-            fix="name the script that makes the engine with --script",
-        )
+    path = _existing_script(start, script)
     recipe = Path(start["recipe"]) if start["recipe"] else None
     given = start["arguments"] if arguments is None else arguments
     settings = [*start["overrides"], *overrides, "runtime.resume=never"]
     with command_line(settings, recipe), _working_in(Path(start["folder"])):
         return cast("Replay", inspect(path, given, act))
+
+
+def script_of(run: str | Path, episode: int | None, script: str | Path | None = None) -> Path:
+    """Return the script that made a run, or where it is now.
+
+    Raises:
+        RecordError: the episode was not recorded.
+        ConfigError: the script is gone.
+    """
+    record = RunRecord(run)
+    number = max(record.episodes) if episode is None else episode
+    return _existing_script(record.episode(number).start, script)
+
+
+def _existing_script(start: Mapping[str, Any], script: str | Path | None) -> Path:
+    given = start["script"] if script is None else script
+    path = Path(given).resolve()
+    if given and path.is_file():
+        return path
+    if script is not None:
+        cause = f"there is no script {path}"
+    else:
+        cause = (
+            f"the script of the run, {path}, is gone" if given else "no script has made this run"
+        )
+    raise ConfigError(cause, fix="name the script that makes the engine with --script")
 
 
 @contextmanager

@@ -40,6 +40,7 @@ PUBLIC = {
     "__version__",
     "declares",
     "init",
+    "replay",
 }
 LIGHT = {"ChatLearnError", "Config", "ConfigError", "FlowError", "ModuleError", "init"}
 """Public names that can be used without torch."""
