@@ -112,7 +112,7 @@ class TransformersEngine:
         decoding.force(torch.nn.utils.rnn.pad_sequence(stretches))
         with torch.inference_mode(), decode_attention(self.model) as additive:
             decoding.run(additive, progress=None)
-        logprobs = decoding.probs.T.cpu().log()
+        logprobs = decoding.scores.T.cpu()
         return torch.cat([row[:limit] for row, limit in zip(logprobs, limits, strict=True)]).clone()
 
     def forward(self, tokens: Tensor, cache: Any, mask: Tensor | None, at: Tensor | None) -> Tensor:
@@ -212,6 +212,7 @@ class _Decoding:
     def force(self, tokens: Tensor) -> None:
         """Have every response consist of given tokens, int64 `[steps, requests]`, up to its limit."""
         self.forced, self.eos = tokens.to(self.device), self.eos[:0]
+        self.scores = torch.zeros_like(self.probs)
 
     def run(self, additive: bool, progress: Progress | None) -> None:
         """Prefill, then sample and decode until every response has ended.
@@ -258,7 +259,9 @@ class _Decoding:
         params = self.params
         if self.forced is not None:
             tokens = self.forced[step, rows.slots]
-            probs = logits.float().softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            # Not the logarithm of a probability, which may be too small for a float.
+            logprobs = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            self.scores[step, rows.slots], probs = logprobs, logprobs.exp()
         else:
             tokens, probs = sample_tokens(
                 logits,

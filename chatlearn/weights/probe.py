@@ -129,7 +129,7 @@ def _coarser(modules: Iterable[BaseModule]) -> str:
         for _, tensor in named_tensors(module):
             coarse |= tensor.is_floating_point() and tensor.element_size() < 4
             on_gpu |= tensor.is_cuda
-        coarse |= getattr(resolved_config(module), "dtype", "fp32") != "fp32"  # autocast
+        coarse |= "16" in str(getattr(resolved_config(module), "dtype", ""))  # autocast
     if coarse:
         return "bf16"
     return "tf32" if on_gpu and torch.get_float32_matmul_precision() != "highest" else "fp32"

@@ -354,3 +354,14 @@ def test_a_state_that_cannot_be_compared_is_said_once(capsys: pytest.CaptureFixt
         )
         == 1
     )
+
+
+def test_the_page_s_program_runs() -> None:
+    pytest.importorskip("peft")
+    page = (Path(__file__).parents[2] / "docs" / "parameter_sync.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(program, "parameter_sync.md", "exec"), scope)
+    merged = copy.deepcopy(scope["learner"].model).merge_and_unload().state_dict()
+    for name, tensor in scope["policy"].model.state_dict().items():
+        assert torch.equal(tensor.cpu(), merged[name].cpu())

@@ -86,6 +86,16 @@ def test_scores_are_those_of_sampling() -> None:
         assert torch.allclose(found, expected[: length - 1], atol=1e-5)
 
 
+def test_scores_too_small_for_a_probability_are_finite() -> None:
+    model = tiny_model()
+    model.lm_head.weight.data *= 100.0
+    engine = TransformersEngine(model, tiny_tokenizer())
+    ids = torch.arange(4, 17)
+    expected = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    assert float(expected.min()) < -150
+    assert torch.allclose(engine.score(ids), expected, rtol=1e-4)
+
+
 def test_every_log_prob_is_decoded_or_behind_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, shapes = policy()._engine, []
     forward = TransformersEngine.forward
