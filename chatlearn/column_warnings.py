@@ -57,10 +57,15 @@ def _warnings(
     flow: Followed, node: NodeColumns, used: set[_Key], everyone: Sequence[NodeColumns]
 ) -> Iterator[FlowWarning]:
     made, said = node.makes(), node.declaration
-    if not made or (flow.graph.name == "trainer_flow" and not said.is_of_method):
+    says_nothing = said.is_learned or (flow.graph.name == "trainer_flow" and not said.is_of_method)
+    if not made or says_nothing:
         return
     place = node.node.place
-    if not _is_taken(flow, node):
+    index = node.node.index
+    is_taken = index in flow.graph.outputs or any(index in o.inputs for o in flow.graph.nodes)
+    if not is_taken:
+        if any(index in other.after for other in flow.graph.nodes):  # called for what it does
+            return
         yield FlowWarning(
             f"nothing takes the output of {node.node.name}, which makes {_names(made)}",
             place,
@@ -76,12 +81,6 @@ def _warnings(
                 place,
                 fix="give one of the modules a namespace, or leave one of the calls out",
             )
-
-
-def _is_taken(flow: Followed, node: NodeColumns) -> bool:
-    index = node.node.index
-    waits = any(index in (*other.inputs, *other.after) for other in flow.graph.nodes)
-    return waits or index in flow.graph.outputs
 
 
 def _costly(node: NodeColumns, nodes: Iterable[NodeColumns]) -> FlowWarning:

@@ -53,7 +53,7 @@ KINDS: Final[dict[str, str]] = {
 }
 """What a column may hold, as modules declare it."""
 _PLAIN_KINDS = {"str": "text", "list[dict]": "messages"}
-_RAGGED_KINDS = {"int64": "tokens", "float32": "floats", "bool": "flags"}
+_RAGGED_KINDS = {"int64": "tokens", "int8": "tokens", "float32": "floats", "bool": "flags"}
 
 UID: Final = "uid"
 PROMPT_UID: Final = "prompt_uid"

@@ -7,12 +7,10 @@ Only on demand: a step may write files, ask a server or count its calls, and a c
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from threading import Thread
 from typing import Any, Final, cast
 
 import torch
@@ -21,7 +19,7 @@ from chatlearn.column_checks import declared_step
 from chatlearn.columns import COLUMNS
 from chatlearn.data.feed import Feed
 from chatlearn.data.prompts import PromptDataset, Rows
-from chatlearn.data.row_columns import kinds_shown
+from chatlearn.data.row_columns import kinds_shown, row_columns
 from chatlearn.data.sampler import Draw
 from chatlearn.errors import ChatLearnError
 from chatlearn.flow.batching import Batch, isolate, normalise, pad, size
@@ -30,9 +28,10 @@ from chatlearn.flow.graph import FEED, FlowGraph, Node
 from chatlearn.flow.namespace import enter
 from chatlearn.module import BaseModule, resolved_config, state_of, written_columns
 from chatlearn.program import Executor, Program
+from chatlearn.runtime.deadline import Deadline, DeadlinePassed
 
 TIMEOUT_S: Final = 5.0
-"""How long one call may take before nothing is learned from it; its thread is left behind."""
+"""How long one call may take before nothing is learned from it."""
 _SAMPLES: Final = 2
 _MADE_UP: Final[dict[str, Callable[[], Any]]] = {
     "text": lambda: ["made up", "made up"],
@@ -121,6 +120,15 @@ class Watched(dict[str, Any]):
         return {**self, **other}
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """Made-up samples at one point of a flow."""
+
+    batch: Batch = field(default_factory=dict[str, Any])
+    is_known: bool = False
+    """Whether they have all the columns that real ones have."""
+
+
 class _NotLearnedError(Exception):
     """A step could not be tried, and why."""
 
@@ -144,10 +152,12 @@ class _Trial:
 
     def run(self) -> DryRun:
         program, graphs = self._program, self._program.graphs
-        delivered: Batch = {}
+        delivered = _Samples()
         if (graph := graphs.get("env_flow")) and program.environment is not None:
-            values = self._flow(graph, _first_rows(program.environment, graph))
-            delivered = _joined([values[index] for index in graph.outputs])
+            made = self._flow(graph, _first_rows(program.environment, graph))
+            delivered = _joined([made[index] for index in graph.outputs])
+            if program.replay_sampler is not None:  # which may give any column
+                delivered = replace(delivered, is_known=False)
         if (graph := graphs.get("trainer_flow")) and program.trainer is not None:
             alone = program.environment is None
             self._flow(graph, _first_rows(program.trainer, graph) if alone else delivered)
@@ -158,34 +168,34 @@ class _Trial:
             self._found.notes.insert(0, f"tried in a dry run: {names}")
         return self._found
 
-    def _flow(self, graph: FlowGraph, feed: Batch) -> list[Batch]:
+    def _flow(self, graph: FlowGraph, feed: _Samples) -> list[_Samples]:
         """Try the steps of a flow; return the samples that each node gave, as far as they are known."""
-        values: list[Batch] = []
+        made: list[_Samples] = []
         for node in graph.nodes:
-            given = _joined([feed if index == FEED else values[index] for index in node.inputs])
+            given = _joined([feed if index == FEED else made[index] for index in node.inputs])
             said = declared_step(self._program, node)
             if said.needs is not None and said.writes is not None:
-                values.append(_made_up(said, given, node))
+                made.append(_Samples(_made_up(said, given.batch, node), given.is_known))
                 continue
             try:
                 learned, output = self._step(graph, node, said, given)
             except _NotLearnedError as error:
                 self._found.notes.append(
-                    f"{node.name} was not tried, so nothing is known of its columns: {error}"
+                    f"{node.name} was not learned from, so nothing is known of its columns: {error}"
                 )
-                values.append(given)
+                made.append(replace(given, is_known=False))
             else:
                 self._found.tried.append(node.name)
                 self._found.learned[graph.name, node.index] = learned
-                values.append(output)
-        return values
+                made.append(_Samples(output, given.is_known and learned.writes is not None))
+        return made
 
     def _step(
-        self, graph: FlowGraph, node: Node, said: Declaration, given: Batch
+        self, graph: FlowGraph, node: Node, said: Declaration, given: _Samples
     ) -> tuple[Declaration, Batch]:
         """Call a step on made-up samples; return what it did with their columns, and what it gave."""
         module = self._copy(node.module)
-        namespace, inside = resolved_config(module).namespace, isolate(given)
+        namespace, inside = resolved_config(module).namespace, isolate(given.batch)
         if namespace is not None:
             inside = enter(inside, namespace, written_columns(module))
         pad(inside, state_of(module).padding)
@@ -193,16 +203,15 @@ class _Trial:
         trains = graph.name == "trainer_flow"
         try:
             value = self._called(module, node, [watched] if trains else watched)
-            value = _only(value) if trains else value
         except MissingColumnError as error:
-            need = Need.of({str(error.args[0]): "any"}, because="a dry run failed without it")
-            return replace(said, needs=(*(said.needs or ()), need)), given
+            return _wanting(said, str(error.args[0]), given), given.batch
         try:
+            value = _only(value) if trains else value
             learned, output = _learned(said, inside, value, watched, node.name)
         except ChatLearnError as error:
             raise _NotLearnedError(error.cause) from error
         if namespace is not None:  # what leaves it is what the class declares
-            return replace(learned, writes=said.writes, drops=frozenset()), given
+            return replace(learned, writes=said.writes, drops=frozenset()), given.batch
         return learned, output
 
     def _called(self, module: BaseModule, node: Node, data: Any) -> Any:
@@ -210,9 +219,13 @@ class _Trial:
         keywords = dict(node.constants)
         if "iteration" in inspect.signature(function).parameters:
             keywords["iteration"] = 0
+        deadline = Deadline(self._timeout_s, f"dry run of {node.name}")
         try:
-            return _within(self._timeout_s, lambda: _finished(function(data, **keywords)))
-        except (MissingColumnError, _NotLearnedError):
+            return deadline.run(lambda: _finished(function(data, **keywords)))
+        except DeadlinePassed as error:
+            why = f"it took longer than {self._timeout_s:g} s, and was at {error.place}"
+            raise _NotLearnedError(why) from error
+        except MissingColumnError:
             raise
         except Exception as error:
             raise _NotLearnedError(f"it raised {type(error).__name__}: {error}") from error
@@ -228,32 +241,21 @@ class _Trial:
         return self._copies[id(module)]
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Return what `call` returns; give it up after `seconds`."""
-    found: list[Any] = []
-    failed: list[Exception] = []
-
-    def work() -> None:
-        try:
-            found.append(call())
-        except Exception as error:  # noqa: BLE001 - raised again where it was asked for
-            failed.append(error)
-
-    thread = Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not found:
-        raise _NotLearnedError(f"it took longer than {seconds:g} s")
-    return found[0]
-
-
 def _finished(value: Any) -> Any:
     async def result() -> Any:
         return await value
 
     return asyncio.run(result()) if inspect.isawaitable(value) else value
+
+
+def _wanting(said: Declaration, column: str, given: _Samples) -> Declaration:
+    """Return what is known of a step that asked for a column in vain: that it needs it."""
+    if not given.is_known:
+        raise _NotLearnedError(
+            f"it asked for {column!r}, which there may be, but nobody knows what it is given"
+        )
+    need = Need.of({column: "any"}, because="a dry run failed without it")
+    return replace(said, needs=(*(said.needs or ()), need))
 
 
 def _only(value: Any) -> Any:
@@ -280,29 +282,32 @@ def _learned(
         passes_on=passes_on,
         drops=frozenset(given.keys() - output.keys()) if passes_on else frozenset(),
         is_of_method=False,
+        is_learned=True,
     )
     return learned, output
 
 
-def _first_rows(executor: Executor, graph: FlowGraph) -> Batch:
+def _first_rows(executor: Executor, graph: FlowGraph) -> _Samples:
     """Return the first samples of a flow's first dataset; only their numbers where a module makes the dataset."""
     first = graph.nodes[0].module
     makes_own = type(first).build_dataset is not BaseModule.build_dataset
+    nothing: list[dict[str, Any]] = [{}]
     try:
-        nothing: list[dict[str, Any]] = [{}]
         rows: Rows = nothing if makes_own else executor.rows()[0]
         draws = [Draw(0, number % len(rows)) for number in range(_SAMPLES)]
-        return Feed([PromptDataset(rows)], draws, 1).batch(0, _SAMPLES)
+        batch = Feed([PromptDataset(rows)], draws, 1).batch(0, _SAMPLES)
     except (ChatLearnError, IndexError):  # a problem already
-        return {}
+        return _Samples()
+    return _Samples(batch, is_known=not makes_own and row_columns(rows) is not None)
 
 
-def _joined(parts: list[Batch]) -> Batch:
+def _joined(parts: Sequence[_Samples]) -> _Samples:
     joined: Batch = {}
     for part in parts:
-        joined.update(part)
-    count = size(parts[-1]) if parts else 0  # behind a filter there are fewer
-    return {name: column[:count] for name, column in joined.items()}
+        joined.update(part.batch)
+    count = min((size(part.batch) for part in parts if part.batch), default=0)
+    cut = {name: column[:count] for name, column in joined.items()}  # behind a filter are fewer
+    return _Samples(cut, all(part.is_known for part in parts))
 
 
 def _made_up(said: Declaration, given: Batch, node: Node) -> Batch:

@@ -101,6 +101,8 @@ class Declaration:
     """Columns that it reads under other settings only, and under which: `{"ref_logprobs": "kl_coef above 0"}`."""
     is_of_method: bool = True
     """Whether this was said of the method, not of all steps of a class."""
+    is_learned: bool = False
+    """Whether nobody said it, but a dry run showed it."""
 
     @classmethod
     def of(
