@@ -207,7 +207,8 @@ class BaseModule:
     def describe_parameters(self) -> Mapping[str, Tensor] | None:
         """Return what `state_dict()` will hold, as tensors without data (device `meta`), before `setup()` has run.
 
-        None says that it is not known; it must load no weights. `chatlearn check` compares both ends of a sync.
+        None, or nothing in it, says that it is not known; it must load no weights. `chatlearn check` compares both
+        ends of a sync.
         """
         return None
 
@@ -217,7 +218,8 @@ class BaseModule:
         The engine asks both ends of a parameter sync and compares them. None says that the module cannot tell.
 
         Args:
-            token_ids: int64 `[T]`, T of 2 or more.
+            token_ids: int64 `[T]`, on the CPU, T of 2 or more: tokens that both ends have, as far as
+                `self.model.get_input_embeddings()` or an `nn.Embedding` in it tells.
 
         Returns:
             float32 `[T - 1]`, nats, at temperature 1, made by the computation that the module's steps use.
