@@ -131,7 +131,7 @@ class FunctionReward(BaseModule):
             total += weight * values
             scores[f"{columns.REWARDS}/{scorer.name}"] = values
         scores[columns.REWARDS] = total
-        if failed:
+        if not stops:
             self._mark(data, failed, samples)
         if samples > len(failed):
             scored = [i for i in range(samples) if i not in failed]
@@ -145,12 +145,13 @@ class FunctionReward(BaseModule):
         return {} if stops else columns.kinds_of(columns.OUTCOME)
 
     def _mark(self, data: dict[str, Any], failed: dict[int, RewardError], samples: int) -> None:
-        """Say in `outcome` which samples failed, and leave word why the first one did."""
+        """Say in `outcome` which samples failed (in every call, so that all make the same columns), and why."""
         outcomes = list(data.get(columns.OUTCOME, [columns.OK] * samples))
         for index in failed:
             outcomes[index] = columns.FAILED
         data[columns.OUTCOME] = outcomes
-        state_of(self).failure = str(failed[min(failed)])
+        if failed:
+            state_of(self).failure = str(failed[min(failed)])
 
     def _weights(self) -> list[float]:
         """Return one weight per function, from the configuration."""
