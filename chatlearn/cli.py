@@ -205,6 +205,29 @@ def replay(
             typer.echo(f"wrote {out}")
 
 
+@app.command()
+def why(
+    run_folder: RunFolder,
+    uid: Annotated[int, typer.Argument(help="Number of the sample.")],
+    episode: Annotated[
+        int | None, typer.Option(help="Look in this episode only; the newest that has it.")
+    ] = None,
+    evaluation: Annotated[bool, typer.Option("--eval", help="A sample of an evaluation.")] = False,
+    all_tokens: Annotated[bool, typer.Option("--all", help="Show every token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell a recorded sample's story: tokens, rewards, advantage, and every update it was in."""
+    with _errors_reported(run_folder):
+        from chatlearn.biography import biography
+        from chatlearn.biography_text import print_biography, to_json
+
+        life = biography(run_folder, uid, evaluation=evaluation, episode=episode)
+        if as_json:
+            typer.echo(to_json(life))
+        else:
+            print_biography(life, _console(), all_tokens=all_tokens)
+
+
 def _uids(text: str | None) -> list[int] | None:
     if text is None:
         return None

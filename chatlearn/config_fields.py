@@ -88,7 +88,7 @@ class RuntimeConfig(BaseModel):
     record: bool = False
     """Whether to keep what went into and came out of every node, for `chatlearn replay` and `chatlearn why`."""
     record_last: int | None = Field(default=None, ge=1)
-    """Episodes whose record stays, the newest ones; None keeps all."""
+    """Episodes whose record stays, the newest ones; None keeps all. It needs `record`."""
     eval_episode_interval: int = Field(default=1, ge=1)
     """Episodes between two evaluations, if there is an evaluator; to have none, set no evaluator."""
     enable_eval_before_training: bool = False

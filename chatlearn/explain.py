@@ -266,7 +266,11 @@ def _between(program: Program) -> list[tuple[str, str]]:
         saves = times_due(runtime.num_episode, interval)
         saves += runtime.num_episode % interval != 0
         when = f"after every {_nth(interval)}episode and {when}: {_times(saves)}"
-    return [*rows, ("checkpoint", when)]
+    rows.append(("checkpoint", when))
+    if runtime.record:
+        kept = f"the newest {runtime.record_last}" if runtime.record_last else "all of them"
+        rows.append(("record", f"every node's inputs and outputs, of every episode; {kept} kept"))
+    return rows
 
 
 def _nth(number: int) -> str:

@@ -75,6 +75,8 @@ def note_what_is_idle(program: Program) -> None:
             ("incomplete_step",),
             "no effect without runtime.train_global_batch_size, since no sample is left over",
         )
+    if not runtime.record:
+        _note_set(program, ("record_last",), "no effect without runtime.record")
     _note_idle_modules(program)
 
 

@@ -38,6 +38,7 @@ def tiles_html(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
         _time(rows, trained, summary),
         _tokens(rows, GENERATED, "tokens sampled"),
         _tokens(rows, TRAINED, "tokens trained on"),
+        _recorded(rows),
         _nonfinite(rows),
     ]
     known = {"accuracy_before", "accuracy_after", "seconds", "episodes"}
@@ -119,6 +120,14 @@ def _tokens(rows: Sequence[Row], names: tuple[str, ...], label: str) -> str:
     return _tile(
         label, quantity(whole), f"{quantity(whole / seconds)}/s overall" if seconds else ""
     )
+
+
+def _recorded(rows: Sequence[Row]) -> str:
+    sizes = [size for row in rows if (size := _numbers(row).get("record/bytes"))]
+    if not sizes:
+        return ""
+    each = f"{quantity(sum(sizes) / len(sizes))}B per episode"
+    return _tile("recorded", f"{quantity(sum(sizes))}B", each)
 
 
 def _nonfinite(rows: Sequence[Row]) -> str:

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Print a sample's biography, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from rich.table import Table
+from rich.text import Text
+
+from chatlearn import columns
+from chatlearn.biography import Biography, Update
+from chatlearn.biography_advantage import Advantage
+from chatlearn.biography_response import Response
+from chatlearn.observability.jsonl import json_safe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_HEAD, _TAIL = 24, 8
+"""Tokens shown of a long response."""
+_HEADINGS: Final = {
+    columns.ROLLOUT_LOGPROBS: "rollout",
+    columns.OLD_LOGPROBS: "old",
+    columns.REF_LOGPROBS: "ref",
+    columns.LOSS_MASK: "trained",
+    columns.ADVANTAGES: "advantage",
+    columns.RETURNS: "return",
+    columns.VALUES: "value",
+    columns.POLICY_VERSION: "version",
+}
+
+
+def to_json(life: Biography) -> str:
+    """Return a biography as JSON; numbers that are not finite are null."""
+    return json.dumps(json_safe(asdict(life)), indent=2)
+
+
+def print_biography(life: Biography, console: Console, *, all_tokens: bool = False) -> None:
+    """Print a biography, section by section."""
+    kind = "sample of an evaluation, uid" if life.is_evaluation else "sample uid"
+    when = f"after episode {life.episode}" if life.is_evaluation else f"episode {life.episode}"
+    siblings = f"group of {len(life.group)}: uid {_numbers(life.group)}"
+    console.print(Text(f"{kind} {life.uid}", style="bold"))
+    _line(console, "made in" if not life.is_evaluation else "made", when)
+    _line(console, "prompt", f"uid {life.prompt_uid}, {siblings}")
+    if life.outcome is not None:
+        _line(console, "outcome", life.outcome)
+    _heading(console, "prompt")
+    for line in _prompt_lines(life.prompt):
+        console.print(Text(f"  {line}"))
+    for response in life.responses:
+        _print_response(response, life.updates, console, all_tokens)
+    if life.rewards:
+        _heading(console, "reward")
+    for reward in life.rewards:
+        console.print(Text(f"  {reward.node}: {reward.column} = {_value(reward.value)}"))
+        terms = [
+            f"{_value(reward.weights[name])} x {name} ({_value(value)})"
+            if name in reward.weights
+            else f"{name} {_value(value)}"
+            for name, value in reward.parts.items()
+        ]
+        if terms:
+            joined = " + ".join(terms) if len(reward.weights) == len(terms) else ", ".join(terms)
+            console.print(Text(f"    = {joined}" if reward.weights else f"    parts: {joined}"))
+    if life.advantages:
+        _heading(console, "advantage")
+    for advantage in life.advantages:
+        _print_advantage(advantage, life.uid, console)
+    _print_updates(life, console)
+    for title, lines in (("remarks", life.remarks), ("not recorded", life.missing)):
+        if lines:
+            _heading(console, title)
+        for line in lines:
+            console.print(Text(f"  {line}", style="yellow" if title == "remarks" else "dim"))
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+
+
+def _line(console: Console, label: str, text: str) -> None:
+    console.print(Text(f"  {label:<9}{text}"))
+
+
+def _prompt_lines(prompt: Any) -> list[str]:
+    if isinstance(prompt, list):
+        messages = cast("list[Any]", prompt)
+        lines: list[str] = []
+        for message in messages:
+            if isinstance(message, dict):
+                given = cast("dict[str, Any]", message)
+                lines += f"{given.get('role', '?')}: {given.get('content', '')}".splitlines()
+            else:
+                lines.append(str(message))
+        return lines
+    return str(prompt).splitlines() if prompt is not None else ["(no prompt column)"]
+
+
+def _print_response(
+    response: Response, updates: Sequence[Update], console: Console, all_tokens: bool
+) -> None:
+    where = f", namespace {response.namespace}" if response.namespace else ""
+    _heading(console, f"response of {response.node}{where}")
+    settings = ", ".join(f"{name} {value}" for name, value in response.settings.items())
+    if settings:
+        _line(console, "sampled", settings)
+    if response.policy_version is not None:
+        _line(
+            console,
+            "policy",
+            f"version {response.policy_version:g}: parameter syncs it had received",
+        )
+    if response.finish_reason is not None:
+        _line(
+            console, "ended by", f"{response.finish_reason}, after {len(response.token_ids)} tokens"
+        )
+    if response.completion is not None:
+        for line in response.completion.splitlines() or [""]:
+            console.print(Text(f"  {line}", style="cyan"))
+    _print_tokens(response, updates, console, all_tokens)
+
+
+def _print_tokens(
+    response: Response, updates: Sequence[Update], console: Console, all_tokens: bool
+) -> None:
+    count = len(response.token_ids)
+    shown = list(range(count))
+    if not all_tokens and count > _HEAD + _TAIL + 1:
+        shown = [*range(_HEAD), -1, *range(count - _TAIL, count)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("  token", justify="right")
+    table.add_column("id", justify="right")
+    table.add_column("text")
+    names = list(response.per_token)
+    for name in names:
+        table.add_column(_HEADINGS[name], justify="right")
+    followed = [update for update in updates if len(update.ratio) == count]
+    for update in followed:
+        table.add_column(f"ratio in {update.update}", justify="right")
+    for token in shown:
+        if token < 0:
+            table.add_row("  ...", "", f"{count - _HEAD - _TAIL} more")
+            continue
+        text = repr(response.pieces[token])[1:-1] if response.pieces is not None else ""
+        cells = [f"  {token}", str(response.token_ids[token]), text]
+        cells += [_value(response.per_token[name][token]) for name in names]
+        cells += [_ratio(update, token) for update in followed]
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def _ratio(update: Update, token: int) -> str:
+    ratio = update.ratio[token]
+    if math.isnan(ratio):
+        return "-"
+    clip = {1: " high", -1: " low"}
+    held = clip.get(update.clipped[token], "") if token < len(update.clipped) else ""
+    return f"{ratio:.4f}{held}"
+
+
+def _print_advantage(advantage: Advantage, uid: int, console: Console) -> None:
+    result = _value(advantage.result)
+    console.print(Text(f"  {advantage.node}: {advantage.column} = {result}"))
+    if advantage.computed is None:
+        if advantage.inputs:
+            given = ", ".join(f"{n} {_value(v)}" for n, v in advantage.inputs.items())
+            console.print(Text(f"    its module is not one of ours; it got {given}"))
+        return
+    rewards = ", ".join(f"{other}: {_value(value)}" for other, value in advantage.rewards.items())
+    console.print(Text(f"    rewards of the group, by uid: {rewards}"))
+    if len(advantage.rewards) == 1:
+        console.print(Text("    a group of one has nothing to compare with and keeps its reward"))
+    elif advantage.is_flat:
+        console.print(Text("    all of them are equal: 0"))
+    else:
+        own, size = advantage.rewards[uid], len(advantage.rewards)
+        text = f"({_value(own)} - mean {_value(advantage.mean)})"
+        if advantage.leave_one_out:
+            text += f" x {size}/{size - 1} (compared with the others only)"
+        if advantage.normalise_std:
+            text += f" / (std {_value(advantage.std)} + eps {advantage.eps:g})"
+        console.print(Text(f"    {text} = {_value(advantage.computed)}"))
+    if not advantage.agrees:
+        warning = f"    recorded is {result}: the module computed otherwise"
+        console.print(Text(warning, style="bold yellow"))
+
+
+def _print_updates(life: Biography, console: Console) -> None:
+    if life.is_evaluation:
+        return
+    _heading(console, "training")
+    if not life.updates:
+        console.print(Text("  it was in no update"))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    headings = (
+        "  update",
+        "episode",
+        "pass",
+        "micro-batch",
+        "trained",
+        "clipped",
+        "ratio",
+        "weight",
+    )
+    for heading in (*headings, "loss", "grad_norm"):
+        table.add_column(heading, justify="right")
+    for update in life.updates:
+        ratios = [ratio for ratio in update.ratio if not math.isnan(ratio)]
+        clipped = sum(value != 0 for value in update.clipped)
+        loss, norm = update.numbers.get("loss"), update.numbers.get("grad_norm")
+        cells = (
+            f"  {update.update}",
+            f"{update.episode} ({_nth(update.update_of_episode)})",
+            str(update.training_pass),
+            str(update.micro_batch),
+            f"{len(ratios)} tokens" if update.ratio else "",
+            str(clipped) if update.ratio else "",
+            f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "",
+            "" if update.loss_weight is None else _value(update.loss_weight),
+            "" if loss is None else _value(loss),
+            "" if norm is None else _value(norm),
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def _nth(number: int) -> str:
+    return f"its {number}."
+
+
+def _numbers(uids: Sequence[int]) -> str:
+    shown = [str(uid) for uid in uids[:16]]
+    return ", ".join([*shown, "..."] if len(uids) > 16 else shown)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:.5g}"
+    if isinstance(value, list):
+        return f"{len(cast('list[Any]', value))} values, one per token"
+    return str(value)
