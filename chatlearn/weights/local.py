@@ -27,6 +27,9 @@ from chatlearn.weights.probe import ProbeReport, probe
 from chatlearn.weights.proof import Sent, Stopwatch, named_tensors, verify
 from chatlearn.weights.sharing import aliases, are_plain, own_storage, share
 
+_SHOWN = 4
+"""Names that an error lists."""
+
 
 @dataclass(frozen=True)
 class SyncReport:
@@ -261,7 +264,12 @@ def _load(destination: BaseModule, sent: Sent, origins: Mapping[str, str], names
             and type(model).load_state_dict is nn.Module.load_state_dict
         ):
             some = {n: sent.state[origin] for n, origin in origins.items() if n in names}
-            model.load_state_dict(some, strict=False)
+            found: Any = model.load_state_dict(some, strict=False)
+            if unknown := ", ".join(found.unexpected_keys[:_SHOWN]):
+                raise SyncError(
+                    f"the model of {destination.name} has no {unknown}, which its state_dict() names",
+                    fix=f"override load_state_dict() of {type(destination).__name__} as well, to map names back",
+                )
         else:
             whole = {name: sent.state[origin] for name, origin in origins.items()}
             call_hook(destination, "load_state_dict", whole)

@@ -76,6 +76,7 @@ class Sent:
         """Tell whether a tensor takes no gradient now, so that the destination may have it already."""
         return self._trained is not None and name not in self._trained
 
+    @torch.no_grad()
     def refuse_nan(self, pair: str) -> None:
         """Refuse to send NaN, which would be found nowhere but in what is sampled.
 
@@ -93,6 +94,7 @@ class Sent:
                     f"tensor {name!r} of the source holds NaN", place=pair, fix=_KEEP_FINITE
                 )
 
+    @torch.no_grad()
     def digests_as(self, wanted: Mapping[str, tuple[str, torch.dtype]]) -> dict[str, int]:
         """Return digests of tensors as they are after a conversion.
 
@@ -153,6 +155,7 @@ def _differs(name: str, why: str, where: str) -> SyncError:
     return SyncError(f"tensor {name!r} differs after the sync: {why}", place=where, fix=_COPY_ALL)
 
 
+@torch.no_grad()
 def _explain(sent: Sent, key: tuple[str, torch.dtype], arrived: Tensor, number: int) -> str:
     """Say what a tensor is that is not what was sent."""
     origin, dtype = key

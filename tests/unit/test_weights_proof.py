@@ -307,6 +307,19 @@ def test_what_is_made_of_several_tensors_is_called_unproven() -> None:
     assert report.unproven == ("weight", "bias")
 
 
+def test_a_state_dict_that_maps_names_needs_a_way_back() -> None:
+    class OneWay(Holder):
+        def state_dict(self) -> Mapping[str, Any]:
+            return {f"own.{name}": tensor for name, tensor in self.model.state_dict().items()}
+
+    destination = OneWay("b", nn.Linear(2, 2))
+    source = Holder("a", nn.ModuleDict({"own": nn.Linear(2, 2)}))
+    with pytest.raises(
+        SyncError, match=r"has no own\.weight, own\.bias, which its state_dict\(\) names"
+    ):
+        ParameterSync(source, [destination], share=False).run()
+
+
 # ---- tied weights of real models -----------------------------------------------------------------------------------
 
 
