@@ -20,7 +20,7 @@ class CallUnderWay:
         >>> call = CallUnderWay(clock)
         >>> call.begin("reward.forward_step", [3, 4])
         >>> call.told()  # two minutes later
-        'reward.forward_step has taken 2 min so far, uid 3, 4'
+        'reward.forward_step has taken 2:00 so far, uid 3, 4'
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
