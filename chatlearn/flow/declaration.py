@@ -185,7 +185,7 @@ def declaration_of(module: BaseModule, method: str) -> Declaration:
     """Return what is known of a step before it has run; of an undeclared one nothing.
 
     Raises:
-        FlowError: the class attributes are no columns.
+        FlowError: the class attributes are no columns, or the hook gave no declaration.
         ModuleError: the module's own `describe_columns` raised.
     """
     kind = type(module)
@@ -198,7 +198,13 @@ def declaration_of(module: BaseModule, method: str) -> Declaration:
     speaker = _home(kind, "describe_columns")
     if speaker is not BaseModule and speaker is not None and _holds(module, speaker, home):
         described = call_hook(module, "describe_columns", method)
-        if isinstance(described, Declaration):
+        if described is not None and not isinstance(described, Declaration):
+            raise FlowError(
+                f"describe_columns({method!r}) of {module!r} returned {described!r}, no declaration",
+                place=_place_of(speaker),
+                fix="return Declaration.of(reads=..., writes=...), or None where the class attributes hold",
+            )
+        if described is not None:
             return described
     reads, writes = (_of_class(module, name, home) for name in ("reads", "writes"))
     return Declaration(

@@ -197,6 +197,19 @@ def test_a_hook_that_says_nothing_of_a_method_leaves_it_to_the_class() -> None:
     assert declaration_of(Own("own", model=dict), "third_step") == Declaration(is_of_method=False)
 
 
+def test_a_hook_that_gives_no_declaration_is_refused() -> None:
+    class Gives(BaseModule):
+        def describe_columns(self, method: str) -> Any:
+            return {"reads": {"prompt"}}
+
+        def forward_step(self, data: Any) -> Any:
+            return data
+
+    with pytest.raises(FlowError, match="no declaration") as caught:
+        declaration_of(Gives("gives"), "forward_step")
+    assert "Declaration.of(" in caught.value.fix
+
+
 def test_a_hook_that_raises_names_the_module() -> None:
     class Raises(BaseModule):
         def describe_columns(self, method: str) -> Declaration:
