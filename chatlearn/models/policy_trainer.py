@@ -280,8 +280,10 @@ class PolicyTrainer(BaseModule):
             return sequence_logprobs(self.model, token_ids)
 
     def training_state(self) -> dict[str, Any]:
-        """Return the optimiser's moments and the number of updates."""
-        return {} if self.optimiser is None else self.optimiser.state_dict()
+        """Return the optimiser's moments, the number of updates and the newest version trained on."""
+        if self.optimiser is None:
+            return {}
+        return {**self.optimiser.state_dict(), "newest_version": self._newest_version}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Take over what `training_state()` returned; settings of the optimiser stay the configured
@@ -289,6 +291,7 @@ class PolicyTrainer(BaseModule):
         """
         assert self.optimiser is not None, "setup() runs before a resume"
         self.optimiser.load_state_dict(state)
+        self._newest_version = int(state.get("newest_version", -1))  # not kept by the first version
 
     def export_model(self, folder: Path) -> bool:
         """Write weights (safetensors), config and tokenizer to `folder` in Hugging Face format."""
