@@ -356,8 +356,8 @@ def _signature(column: Column) -> str:
 def _placed(name: str, column: Column, source: Any, *, stored: str = "", node: int = -1) -> Place:
     if not isinstance(column, Tensor):
         return Place(name, source, stored, node)
-    empty = None if len(column) else (dtype_name(column), tuple(column.shape[1:]))
-    return Place(name, source, stored, node, "stacked", empty)
+    shape = None if len(column) else tuple(column.shape[1:])
+    return Place(name, source, stored, node, dtype_name(column), shape)
 
 
 def _file_names(names: Iterable[str]) -> list[str]:

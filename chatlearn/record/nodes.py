@@ -205,9 +205,9 @@ def find_place(layout: Layout, name: str) -> Place | None:
 
 def make_column(place: Place, cells: list[Any]) -> Column:
     """Make a column of cells that looks as it did."""
-    if place.form == "list":
+    if not place.dtype:
         return cells
-    if cells:
-        return torch.stack(cells)
-    name, shape = place.empty or ("float32", ())
-    return torch.empty((0, *shape), dtype=getattr(torch, name))
+    dtype: torch.dtype = getattr(torch, place.dtype)
+    if not cells:
+        return torch.empty((0, *(place.shape or ())), dtype=dtype)
+    return torch.stack([cell.to(dtype) for cell in cells])

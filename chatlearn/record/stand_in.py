@@ -131,9 +131,7 @@ class StandIn(BaseModule):
 def assemble(columns: Mapping[str, list[Any]], layouts: Sequence[Layout]) -> Batch:
     """Make a batch of cells; a column that was a tensor everywhere becomes one, if its cells have one shape."""
     stacked = {
-        name: all(
-            place.form == "stacked" for layout in layouts for place in layout if place.name == name
-        )
+        name: all(bool(place.dtype) for layout in layouts for place in layout if place.name == name)
         for name in columns
     }
     return {name: _stack(cells) if stacked[name] else cells for name, cells in columns.items()}

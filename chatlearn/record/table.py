@@ -44,9 +44,10 @@ class Place:
     source: Literal["stored", "input", "batch", "node"]
     stored: str = ""
     node: int = -1
-    form: Literal["list", "stacked"] = "list"
-    empty: tuple[str, tuple[int, ...]] | None = None
-    """Of a stacked column without samples: its dtype and the shape of the cells that it has none of."""
+    dtype: str = ""
+    """Of a column that was one tensor; empty for a list. Cells of several calls may have been promoted to it."""
+    shape: tuple[int, ...] | None = None
+    """Of a tensor without samples: the shape of the cells that it has none of."""
 
 
 Layout = list[Place]
@@ -264,6 +265,5 @@ _ANEW: Final = "choose another episode, or run this one again with runtime.recor
 
 def _place(stored: Mapping[str, Any]) -> Place:
     given = dict(stored)
-    if (empty := given["empty"]) is not None:
-        given["empty"] = (empty[0], tuple(empty[1]))
+    given["shape"] = None if given["shape"] is None else tuple(given["shape"])
     return Place(**given)
