@@ -93,8 +93,12 @@ def check(
             typer.echo(program.run_plan().describe())
         for note in program.notes:
             out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-        if program.warnings and strict:
-            raise typer.Exit(1)
+        if program.warnings:
+            from chatlearn.arithmetic import count
+
+            found = count(len(program.warnings), "warning")
+            out.print(f"it would run, with {found}", style="yellow", highlight=False)
+            raise typer.Exit(1 if strict else 0)
         out.print("everything fits together", style="green")
 
 

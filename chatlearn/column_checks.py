@@ -8,11 +8,11 @@ out is not known, so behind it nothing is missing for certain (see `flow/column_
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from chatlearn.columns import COLUMNS, KINDS, MAKERS
+from chatlearn.columns import COLUMNS, KINDS, MAKERS, OUTCOME
 from chatlearn.data.row_columns import row_columns
 from chatlearn.errors import ChatLearnError, DataError, FlowError
 from chatlearn.flow.column_flow import (
@@ -181,7 +181,7 @@ def _missing(flow: Followed, node: NodeColumns, needs: Sequence[Need], fix: str)
         f"{node.node.name}: {first.reader} asks for" if first.reader else f"{node.node.name} reads"
     )
     because = f" (needed because {first.because})" if first.because else ""
-    names = first.spellings(name for name in node.seen.origins if name not in _SELDOM)
+    names = first.spellings(name for name in node.seen.origins if name not in _UNLISTED)
     if flow.source is not None and set(node.node.inputs) == {FEED}:
         where = f"which {flow.source.graph.name} does not return; it returns {names}"
     else:
@@ -192,15 +192,17 @@ def _missing(flow: Followed, node: NodeColumns, needs: Sequence[Need], fix: str)
     )
 
 
-_SELDOM: Final = frozenset({"outcome"})
-"""There only if something went wrong."""
+_UNLISTED: Final = frozenset({OUTCOME})
+"""What the engine may add to any batch is not what somebody meant."""
 
 
-def _labels(needs: Iterable[Need]) -> str:
-    labels = [
-        repr(next(iter(need.columns))) if need.reader else " or ".join(map(repr, need.columns))
-        for need in needs
-    ]
+def _labels(needs: Sequence[Need]) -> str:
+    """Name columns: `'prompt_ids' and ('rollout_logprobs' or 'old_logprobs')`."""
+    labels: list[str] = []
+    for need in needs:
+        names = [*map(repr, need.columns)][: 1 if need.reader else None]
+        label = " or ".join(names)
+        labels.append(f"({label})" if len(names) > 1 and len(needs) > 1 else label)
     return " and ".join(labels)
 
 

@@ -201,7 +201,7 @@ def nothing_sampled() -> Wrong:
     def env_flow(batch: Any) -> Any:
         return p.advantage.forward_step(scores.forward_step(batch))
 
-    cause = "reads 'prompt_ids' and 'response_ids' and 'rollout_logprobs' or 'old_logprobs'"
+    cause = r"reads 'prompt_ids' and 'response_ids' and \('rollout_logprobs' or 'old_logprobs'\)"
     fix = "PolicyInference.forward_step usually makes it"
     engine = Engine(
         Environment(env_flow),
@@ -563,10 +563,10 @@ SCRIPT = """
 @pytest.mark.parametrize(
     ("column", "options", "code", "said"),
     [
-        ("completion", [], 0, "everything fits together"),
+        ("completion", [], 0, "it would run, with 1 warning\n"),
         ("completion", ["--strict"], 1, "engine.set_parameter_sync(learner, policy)"),
         ("completion", ["--dry-run"], 0, "tried in a dry run: length.forward_step"),
-        ("completions", [], 0, "everything fits together"),
+        ("completions", [], 0, "it would run, with 1 warning\n"),
         ("completions", ["--dry-run"], 1, "did you mean 'completion'?"),
     ],
 )
