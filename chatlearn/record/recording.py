@@ -321,6 +321,8 @@ def _written(root: Path, what: str) -> Generator[None]:
         for partial in root.glob(f"{_PARTIAL}{os.getpid()}*"):
             shutil.rmtree(partial, ignore_errors=True)
         cause, fix = write_failure(behind)
+        if behind.errno:  # pyarrow puts words of its own around it
+            cause = os.strerror(behind.errno)
         raise OutputError(
             f"{what} cannot be written: {cause}",
             place=str(behind.filename or root),
