@@ -13,7 +13,7 @@
       episode-000000/eval_flow/   of the evaluation before the first episode
 
 An episode is gathered in memory, encoded, and written when it is done: under another name first, renamed when it is
-whole. One that is run again after a resume replaces its record.
+whole. A resumed run drops the records of the episodes that it runs again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ EPISODE: Final = "episode.json"
 RANDOM: Final = "random.pt"
 _NAME: Final = re.compile(r"episode-(\d{6,})")
 _PARTIAL: Final = ".partial-"
-_REPLACED: Final = ".replaced-"
 
 States = Callable[[], dict[str, Any]]
 
@@ -63,11 +62,7 @@ def rewind(root: Path, done: int) -> None:
     """Drop the record of episodes after `done`, which a resumed run runs again, and what a crash left half-written."""
     if not root.is_dir():
         return
-    for path in root.glob(f"{_REPLACED}*"):
-        target = root / path.name.removeprefix(_REPLACED)
-        if not target.exists():
-            path.rename(target)
-    for leftover in (*root.glob(f"{_PARTIAL}*"), *root.glob(f"{_REPLACED}*")):
+    for leftover in root.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for episode, path in recorded_episodes(root).items():
         if episode > done:
@@ -159,12 +154,7 @@ class Recording:
         name = f"the record of episode {self._number}"
         target = path_of(self._root, self._number)
         with _written(self._root, name):
-            partial = self._write()
-            set_aside = self._root / f"{_REPLACED}{target.name}"
-            if target.exists():
-                target.rename(set_aside)
-            partial.rename(target)
-            shutil.rmtree(set_aside, ignore_errors=True)
+            self._write().rename(target)
             self._drop_oldest()
         self._forget()
         self.seconds += time.perf_counter() - began
