@@ -33,7 +33,7 @@ from chatlearn.record.nodes import NodeRecord
 from chatlearn.record.reading import EpisodeRecord, FlowRecord
 from chatlearn.record.sameness import same_column
 from chatlearn.record.stand_in import RecordedFeed, StandIn, assemble, with_stand_ins
-from chatlearn.rerun_weights import bring_weights, with_sources
+from chatlearn.rerun_weights import bring_weights, checkpoint_of, with_sources
 from chatlearn.runtime.protocol import Call
 from chatlearn.runtime.scheduler import Iterations
 from chatlearn.runtime.work import FlowWork, TrainWork
@@ -143,6 +143,13 @@ def select_episode(program: Program, episode: EpisodeRecord, keep: Collection[st
             )
     if (trainer := program.graphs.get(TRAINER)) is not None and TRAINER in episode.flows:
         selection.trainer = {node.name for node in trainer.nodes}
+    done = episode.number - 1
+    if selection.env and selection.trains and done and not checkpoint_of(episode, done).is_dir():
+        selection.trainer = set()
+        selection.notes.append(
+            f"train steps are left out: there is no checkpoint of episode {done} to begin them from; "
+            "runtime.save_episode_interval=1 keeps one after every episode"
+        )
     if kept:
         selection.notes.append(f"taken from the record: {', '.join(sorted(kept))}")
     return selection

@@ -25,6 +25,11 @@ def with_sources(modules: Sequence[BaseModule], program: Program) -> list[BaseMo
     return list(found.values())
 
 
+def checkpoint_of(episode: EpisodeRecord, done: int) -> Path:
+    """Return where the run's checkpoint after `done` episodes lies, if there is one."""
+    return checkpoints.path_of(episode.path.parent.parent / "checkpoints", done)
+
+
 def bring_weights(
     stage: Stage,
     program: Program,
@@ -51,7 +56,7 @@ def bring_weights(
         CheckpointError: weights that change are needed, and no checkpoint has them.
     """
     done = episode.number if after else episode.number - 1
-    path = checkpoints.path_of(episode.path.parent.parent / "checkpoints", done)
+    path = checkpoint_of(episode, done)
     moved = [module.name for module in modules if _moves(module, program)]
     notes: list[str] = []
     resumed = path.is_dir()
@@ -132,5 +137,6 @@ def _no_weights(
         f"{', '.join(names)} cannot run as in episode {episode.number}: the checkpoint of episode {done} is not "
         f"there; {there}",
         place=str(path.parent),
-        fix=f"{fix}run with runtime.save_episode_interval=1 and a runtime.keep_last that is large enough",
+        fix=f"{fix}run with runtime.save_episode_interval=1 and a runtime.keep_last that is large enough; "
+        "--keep NODE takes a node of the environment from the record",
     )
