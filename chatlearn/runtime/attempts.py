@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from chatlearn.columns import FAILED, PROMPT, PROMPT_IDS, TIMED_OUT
+from chatlearn.columns import CUT, FAILED, PROMPT, PROMPT_IDS, TIMED_OUT
 from chatlearn.errors import ModuleError
 from chatlearn.flow.batching import Batch, isolate, select
 from chatlearn.runtime.lost_rows import LostSample
 from chatlearn.runtime.protocol import Call, Lost
+from chatlearn.runtime.returned import Marks, new_marks
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,20 @@ def counted(call: Call) -> dict[str, int]:
         return {}
     is_retry = 0 < call.attempt <= recovery.retries
     return {FAILED: 0, TIMED_OUT: 0, "retried": len(call.uids) if is_retry else 0}
+
+
+def outcomes_of(
+    call: Call, before: Marks, after: Marks, kept: Sequence[int] | None
+) -> tuple[dict[str, int], dict[int, str]]:
+    """Return what a call's samples count as, and the rows of its output that the step says it failed on."""
+    outcomes = counted(call)
+    if not after or after == before:
+        return outcomes, {}
+    marks = new_marks(before, after, kept)
+    rows = {row: mark for row, mark in marks.items() if mark != CUT}
+    if after.keys() - before.keys():
+        outcomes[CUT] = len(marks) - len(rows)
+    return outcomes, rows
 
 
 def _because(what: str, error: ModuleError) -> ModuleError:

@@ -77,7 +77,7 @@ class FlowRun:
         kept: tuple[int, ...] | None,
         failed: tuple[int, ...] = (),
     ) -> Iterator[Portion]:
-        """Take note of a call that returned, but for what it `failed` on; yield the calls that may start now."""
+        """Take note of a call that returned, but for what it `failed` on; return the calls that may start now."""
         task, node = portion.task, self.nodes[portion.task.node]
         done = without(portion.positions, failed)
         task.left -= len(done)
@@ -86,10 +86,10 @@ class FlowRun:
             node.keep(task, portion.positions, kept or (), call)
         else:
             node.hold(done, call)
-        yield from self._resolved(node, task)
+        return self._resolved(node, task)
 
     def lose(self, portion: Portion) -> Iterator[Portion]:
-        """Give up a portion's samples: no node behind gets them; yield the calls that may start now."""
+        """Give up a portion's samples: no node behind gets them; return the calls that may start now."""
         task, node = portion.task, self.nodes[portion.task.node]
         uids, groups = node.space.uids, node.space.groups
         self.lost_uids.update(uids[at] for at in portion.positions)
@@ -100,7 +100,7 @@ class FlowRun:
         task.left -= len(portion.positions)
         node.gave_up += len(portion.positions)
         node.leave_out(portion.positions)
-        yield from self._resolved(node, task)
+        return self._resolved(node, task)
 
     def inputs(self, portion: Portion) -> tuple[tuple[Piece, ...], ...]:
         """Return where each input of a call that may start is to be found."""
@@ -134,7 +134,9 @@ class FlowRun:
         positions: Sequence[int] = range(start, stop)
         if self.dropped_groups:
             positions = [at for at in positions if space.groups[at] not in self.dropped_groups]
-        gone = set[int]().union(*(self.nodes[output].lost for output in self._outputs))
+        gone: set[int] = set()
+        for output in self._outputs if self.lost_uids else ():
+            gone |= self.nodes[output].lost
         live = [at for at in positions if at not in gone] if gone else positions
         if not live and positions and not self._has_delivered:
             return None
@@ -229,9 +231,7 @@ class FlowRun:
     # ---- readiness ----------------------------------------------------------------------------------------------
 
     def _start(self, node: NodeRun, task: Task) -> Iterator[Portion]:
-        """Yield a task's call if it may start; of one whose samples are all lost, what may start behind it."""
-        if not self._may_start(node, task):
-            return
+        """Yield the call of a task that may start; of one whose samples are all lost, what may start behind it."""
         live = node.live(task)
         task.started, task.left = True, len(live)
         if task.left < task.stop - task.start:
@@ -258,35 +258,41 @@ class FlowRun:
 
     def _has(self, source: int, task: Task) -> bool:
         """Tell whether what a task takes from a node is there, or lost."""
-        return source == FEED or self.nodes[source].pieces(task.start, task.stop) is not None
+        return source == FEED or self.nodes[source].prefix(task.start) >= task.stop
 
     def _resolved(self, node: NodeRun, task: Task) -> Iterator[Portion]:
-        """Take note that samples of a task are finished or lost; yield the calls that may start because of it."""
+        """Take note that samples of a task are finished or lost; return the calls that may start because of it."""
         node.finished += not task.left
-        if not node.spec.filters:
-            yield from self._released(node, task.start, task.stop)
-        elif not task.left:
-            node.place()
-            self._grown(node)
-            # What lies behind is planned only now: what was there before had all it needs from this filter.
-            fresh, self._fresh = self._fresh, []
-            for owner, late in fresh:
+        if node.spec.filters:
+            return iter(()) if task.left else self._placed(node)
+        return self._released(node, task.start, task.stop)
+
+    def _placed(self, node: NodeRun) -> Iterator[Portion]:
+        """Let a filter's output grow; yield the calls that may start behind it."""
+        node.place()
+        self._grown(node)
+        # What lies behind is planned only now: what was there before had all it needs from this filter.
+        fresh, self._fresh = self._fresh, []
+        for owner, late in fresh:
+            if self._may_start(owner, late):
                 yield from self._start(owner, late)
-            if node.complete:  # which may close spaces far downstream
-                yield from self._startable()
+        if node.complete:  # which may close spaces far downstream
+            yield from self._startable()
 
     def _rows(self, source: int, positions: Sequence[int]) -> tuple[Piece, ...]:
         """Return the finished calls that hold samples which are not lost."""
-        stretches = runs(positions)
-        if source == FEED:
-            return tuple(Piece(FEED, start, stop) for start, stop in stretches)
-        node = self.nodes[source]
-        return tuple(p for start, stop in stretches for p in node.pieces(start, stop) or ())
+        if isinstance(positions, range):
+            if source == FEED:
+                return (Piece(FEED, positions.start, positions.stop),)
+            return self.nodes[source].pieces(positions.start, positions.stop)
+        stretches = (range(start, stop) for start, stop in runs(positions))
+        return tuple(piece for stretch in stretches for piece in self._rows(source, stretch))
 
     def _startable(self) -> Iterator[Portion]:
         for node in self.nodes:
             for task in node.tasks:
-                yield from self._start(node, task)
+                if self._may_start(node, task):
+                    yield from self._start(node, task)
 
     def _released(self, node: NodeRun, start: int, stop: int) -> Iterator[Portion]:
         """Yield the calls downstream that overlap samples `start` to `stop` of the output and miss nothing else."""
@@ -299,7 +305,8 @@ class FlowRun:
             else:
                 continue
             while at < len(other.tasks) and other.tasks[at].start < end:
-                yield from self._start(other, other.tasks[at])
+                if self._may_start(other, other.tasks[at]):
+                    yield from self._start(other, other.tasks[at])
                 at += 1
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlearn.columns import CUT, FAILED, TIMED_OUT, UID
+from chatlearn.columns import FAILED, TIMED_OUT, UID
 from chatlearn.errors import BatchError, DeadlineError, EngineError, ModuleError
 from chatlearn.flow.batching import Batch, isolate, join, merge, size, take
 from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.module import state_of
-from chatlearn.runtime.attempts import Attempts, Draws, Failure, counted
+from chatlearn.runtime.attempts import Attempts, Draws, Failure, counted, outcomes_of
 from chatlearn.runtime.lost_rows import Outlet
 from chatlearn.runtime.protocol import (
     Call,
@@ -28,7 +28,6 @@ from chatlearn.runtime.protocol import (
 )
 from chatlearn.runtime.returned import (
     marks_of,
-    new_marks,
     returned_numbers,
     sample_output,
     step_output,
@@ -73,6 +72,8 @@ class Pass:
         self._outcome = Outcome()
         self._specs = self._node_specs(batch_size)
         self._attempts = Attempts()
+        self._tolerant = {s.index for s in self._specs if not s.recovery.stops_at_once}
+        """Nodes whose first failure does not end the run."""
         fates = {spec.recovery.fate for spec in self._specs}
         self._may_lose = fates != {"stop"}
         self._outlet = Outlet(self._attempts.lost) if "mask" in fates else None
@@ -177,9 +178,9 @@ class Pass:
         try:
             if call.step is not None:
                 return self._train(call)
-            if call.node.recovery.stops_at_once:
-                return self._sample(call, self._inputs(call))
-            return self._attempt(call)
+            if call.node.index in self._tolerant:
+                return self._attempt(call)
+            return self._sample(call, self._inputs(call))
         except BatchError as error:  # of what the step was given or returned: say which call it was
             described = self._worker(call).describe_call(call.node.method, self._where(call))
             cause = f"{error.cause}\n{described}"
@@ -219,10 +220,7 @@ class Pass:
         output, kept = sample_output(call, result.value, place)
         if not output and not (spec.filters and result.value is not None):
             self._refuse_missing(graph, spec.index, place)
-        marks = new_marks(before, output, kept)
-        rows = {row: mark for row, mark in marks.items() if mark != CUT}
-        cut = {CUT: len(marks) - len(rows)} if marks_of(output).keys() - before.keys() else {}
-        outcomes = {**cut, **counted(call)}
+        outcomes, rows = outcomes_of(call, before, marks_of(output), kept)
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
         metrics = {**result.metrics, **more}
         failed: tuple[int, ...] = ()
@@ -236,7 +234,7 @@ class Pass:
             self._tap.returned(graph.name, node, done, output, metrics)
         samples = len(done.uids) if kept is None else len(kept)
         self._outputs.put(call.id, output, samples * self._takers[spec.index])
-        if not spec.recovery.stops_at_once:
+        if spec.index in self._tolerant:
             self._attempts.settle(call, len(done.uids))
         self._report(call, result.seconds, len(done.uids), metrics, outcomes)
         return Finished(call.id, kept, result.seconds, failed)
@@ -253,7 +251,7 @@ class Pass:
         own = state_of(self._worker(call).module)
         cause, own.failure = own.failure or f"{call.node.name} says so in its `outcome` column", ""
         text = f"a step failed on {describe_uids(list(by_uid))}: {cause}"
-        if call.node.recovery.stops_at_once:
+        if call.node.index not in self._tolerant:
             key = f"models.{call.node.module}.on_failure"
             fix = f"make the step work for every sample, or let {key} say what such samples do"
             raise BatchError(text, place=place, fix=fix)

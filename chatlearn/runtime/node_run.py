@@ -119,6 +119,9 @@ class NodeRun:
 
     def hold(self, positions: Sequence[int], call: int) -> None:
         """Take note that a call's output has one row for each of these positions."""
+        if isinstance(positions, range):
+            self._add_range(positions.start, positions.stop, call, 0)
+            return
         row = 0
         for start, stop in runs(positions):
             self._add_range(start, stop, call, row)
@@ -149,16 +152,14 @@ class NodeRun:
                     begin = end
             self.placed += 1
 
-    def pieces(self, start: int, stop: int) -> tuple[Piece, ...] | None:
-        """Return the finished calls that cover `start` to `stop` of the output, or None if some are missing."""
-        at = self._range_at(start)
+    def pieces(self, start: int, stop: int) -> tuple[Piece, ...]:
+        """Return the finished calls that cover `start` to `stop` of the output, which must be there."""
+        ranges, at = self.ranges, self._range_at(start)
         pieces: list[Piece] = []
         position = start
         while position < stop:
-            if at == len(self.ranges) or not self.ranges[at][0] <= position < self.ranges[at][1]:
-                return None
-            first, last, call, row = self.ranges[at]
-            end = min(last, stop)
+            first, last, call, row = ranges[at]
+            end = last if last < stop else stop
             if call != LOST:
                 pieces.append(Piece(call, row + position - first, row + end - first))
             position = end
@@ -166,11 +167,11 @@ class NodeRun:
         return tuple(pieces)
 
     def prefix(self, start: int) -> int:
-        """Return up to where, from `start` on, the output is complete."""
-        at = self._range_at(start)
+        """Return up to where, from `start` on, the output is complete, lost samples included."""
+        ranges, at = self.ranges, self._range_at(start)
         position = start
-        while at < len(self.ranges) and self.ranges[at][0] <= position < self.ranges[at][1]:
-            position = self.ranges[at][1]
+        while at < len(ranges) and ranges[at][0] <= position < ranges[at][1]:
+            position = ranges[at][1]
             at += 1
         return position
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(slots=True)
 class Task:
     """One call to come: samples `start` to `stop` of a node, in the node's input space."""
 
@@ -25,7 +25,7 @@ class Task:
         return self.started and not self.left
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Portion:
     """Samples of a task for one call: all that were not lost before it, or some of them once more after a failure."""
 

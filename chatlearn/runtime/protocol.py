@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from chatlearn.config import ModuleConfig
 from chatlearn.errors import FlowError
@@ -93,8 +93,7 @@ def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec
     ]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Samples `start` to `stop` of what call `call` returned (of the feed, if `call` is `FEED`)."""
 
     call: int
@@ -121,8 +120,7 @@ class Call:
     """Of a call that tries samples again, the first one that held them; it has taken the inputs already."""
 
 
-@dataclass(frozen=True)
-class Deliver:
+class Deliver(NamedTuple):
     """Command: append the joined `inputs` to the samples that the trainer flow (or the caller) receives."""
 
     inputs: tuple[tuple[Piece, ...], ...]
@@ -133,8 +131,7 @@ class Deliver:
     """Where, among `uids`, the lost ones stand."""
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(NamedTuple):
     """Command: samples of a call have been given up; no later call gets them."""
 
     call: int
@@ -145,8 +142,7 @@ class Lost:
 Command = Call | Deliver | Lost
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """Event: a call returned. `kept` are the offsets of the samples a filter let through, else None."""
 
     call: int
@@ -157,8 +153,7 @@ class Finished:
     """Offsets of the samples that the step says it failed on; they are no part of what is kept of its output."""
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """Event: a call raised, gave no answer in time, or its replica died."""
 
     call: int

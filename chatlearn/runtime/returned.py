@@ -116,22 +116,23 @@ Marks = Mapping[str, Sequence[Any]]
 
 def marks_of(batch: Batch) -> Marks:
     """Return a batch's outcome columns, for comparison with what a step makes of them."""
-    names = [name for name in batch if name == OUTCOME or name.endswith(f"/{OUTCOME}")]
-    return {name: list(batch[name]) for name in names}
+    return {
+        name: list(batch[name]) for name in batch if name == OUTCOME or name.endswith(_OF_SPACE)
+    }
 
 
-def new_marks(before: Marks, output: Batch, kept: Sequence[int] | None) -> dict[int, str]:
+def new_marks(before: Marks, after: Marks, kept: Sequence[int] | None) -> dict[int, str]:
     """Return the rows of its output that a step marks as cut, failed or timed out, and with which of these.
 
     A mark that the sample had before in any such column is not the step's.
 
     Args:
         before: the marks that were there when it was called.
-        output: what it returned.
+        after: those of what it returned.
         kept: of a filter, which of its samples the rows are.
     """
     found: dict[int, str] = {}
-    for name, column in marks_of(output).items():
+    for name, column in after.items():
         if column == before.get(name):
             continue
         for row, mark in enumerate(column):
@@ -141,6 +142,7 @@ def new_marks(before: Marks, output: Batch, kept: Sequence[int] | None) -> dict[
     return found
 
 
+_OF_SPACE = f"/{OUTCOME}"
 _MARKS = ("", CUT, FAILED, TIMED_OUT)
 
 

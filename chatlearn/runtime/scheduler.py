@@ -57,6 +57,9 @@ class Samples:
     groups: Sequence[int]
 
 
+_Queued = tuple[tuple[int, ...], int, Portion | StepTask]
+"""What waits for a replica: its priority, when it came, and the work."""
+
 _LOAD_STEP_S: Final = 0.02
 """Replicas that have been busy for equally many of these steps count as equally loaded; then samples decide.
 
@@ -74,13 +77,14 @@ class _Replicas:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def has_free(self, other_than: int) -> bool:
-        """Tell whether a replica is free: another one than `other_than`, unless that is the only one there is."""
-        return bool(self.free - {other_than} if len(self) > 1 else self.free)
+    def has_other(self, than: int) -> bool:
+        """Tell whether another replica than this one is free, or whether it is the only one there is."""
+        return len(self) == 1 or bool(self.free - {than})
 
     def take(self, samples: int, *, other_than: int = -1) -> int:
-        """Give `samples` samples to the free replica with the least load (see `has_free`)."""
-        replica = min(self.free - {other_than} or self.free, key=self._load)
+        """Give `samples` samples to the free replica with the least load, to `other_than` if there is no other."""
+        free = self.free - {other_than} if other_than in self.free else self.free
+        replica = min(free or self.free, key=self._load)
         self.free.remove(replica)
         self._samples[replica] += samples
         return replica
@@ -137,7 +141,7 @@ class Scheduler:
         self._at_once = at_once
         self._replicas = {name: _Replicas(ids) for name, ids in replicas.items()}
         self._iterations = iterations
-        self._queues: dict[str, list[tuple[tuple[int, ...], int, Portion | StepTask]]] = {}
+        self._queues: dict[str, list[_Queued]] = {}
         self._running: dict[int, tuple[Call, Portion | StepTask]] = {}
         self._next_call = 0
         self._queued = 0
@@ -259,19 +263,20 @@ class Scheduler:
             return
         yield from self._deliveries()
         while self._at_once is None or len(self._running) < self._at_once:
-            heads = ((q[0], name) for name, q in self._queues.items() if q and self._may_run(name))
-            first = min(heads, default=None)
+            first = min(self._heads(), default=None)
             if first is None:
                 return
             (_, _, work), module = first
             heapq.heappop(self._queues[module])
             yield self._call(work, self._replicas[module])
 
-    def _may_run(self, module: str) -> bool:
-        """Tell whether a replica is free for what stands first in a module's queue."""
-        _, _, work = self._queues[module][0]
-        failed_on = work.replica if isinstance(work, Portion) else -1
-        return self._replicas[module].has_free(failed_on)
+    def _heads(self) -> Iterator[tuple[_Queued, str]]:
+        """Yield what stands first in each queue for which a replica is free, one that has not just failed on it."""
+        for module, queue in self._queues.items():
+            if queue and (replicas := self._replicas[module]).free:
+                failed_on = queue[0][2].replica
+                if failed_on < 0 or replicas.has_other(failed_on):
+                    yield queue[0], module
 
     def _deliveries(self) -> Iterator[Deliver]:
         if self.flow is None:

@@ -17,6 +17,8 @@ class StepTask:
 
     node: int
     step: Step
+    replica: int = -1
+    """As of a `Portion`: a step that failed is not tried again."""
 
 
 class StepRun:

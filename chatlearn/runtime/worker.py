@@ -110,10 +110,10 @@ class Worker:
         where: Where,
     ) -> Result:
         """Call a step method with `data` (and `iteration`, if its signature has it)."""
-        state = state_of(self.module)
+        state, config = state_of(self.module), resolved_config(self.module)
         state.turn, padding = where.turn, state.padding
         leaving = None
-        if (namespace := resolved_config(self.module).namespace) is not None:
+        if (namespace := config.namespace) is not None:
             data, leaving = self._enter(data, namespace)
         try:
             for batch in data if isinstance(data, list) else [data]:
@@ -127,9 +127,9 @@ class Worker:
         if self._takes_iteration[method]:
             keywords["iteration"] = iteration
         deadline = None
-        if (seconds := resolved_config(self.module).timeout_s) is not None:
+        if config.timeout_s is not None:
             what = f"{self.module.name}.{method}, replica {self.module.replica_id}"
-            deadline = Deadline(seconds, f"{what}, {describe_uids(where.uids)}")
+            deadline = Deadline(config.timeout_s, f"{what}, {describe_uids(where.uids)}")
         function = getattr(self.module, method)
         return self._call(method, function, where, (data,), keywords, leaving, deadline)
 
@@ -182,13 +182,18 @@ class Worker:
         leaving: Leaving | None = None,
         deadline: Deadline | None = None,
     ) -> Result:
-        def call() -> Any:
+        def bounded() -> Any:
             value = function(*args, **keywords)
             return self._loop.wait_for(value, deadline) if inspect.isawaitable(value) else value
 
         start = time.perf_counter()
         try:
-            value = call() if deadline is None else deadline.run(call)
+            if deadline is not None:
+                value = deadline.run(bounded)
+            else:
+                value = function(*args, **keywords)
+                if inspect.isawaitable(value):
+                    value = self._loop.wait_for(value)
             if leaving is not None:
                 value = leaving(value)
         except DeadlinePassed as passed:
