@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from chatlearn.flow.batching import Batch
 from chatlearn.module import BaseModule, call_hook, has_model, resolved_config
 from chatlearn.observability.metrics import Records
 from chatlearn.program import Program
-from chatlearn.ranking import best_metric, needs_evaluation, unknown_metric
+from chatlearn.ranking import needs_evaluation, score, unknown_metric
 from chatlearn.stage import Stage
 
 
@@ -140,16 +142,23 @@ class Checkpointing:
             raise CheckpointError(
                 f"{error.cause}; not saved is {lost}", place=error.place, fix=error.fix
             ) from error
-        return [f"checkpoint: {self.latest}", *self._retain(root, state)]
+        notes = [f"checkpoint: {self.latest}", *self._retain(root)]
+        if state.episode:  # before the first there are none
+            self.refuse_unknown_metric(records.metrics, evaluation=False)
+        return notes
 
-    def refuse_unknown_metric(self, names: Collection[str]) -> None:
-        """Refuse a `best_metric` that an evaluation, which measured `names`, does not know.
+    def refuse_unknown_metric(self, metrics: Mapping[str, float], *, evaluation: bool) -> None:
+        """Refuse a `best_metric` that is none of `metrics`, those of an evaluation or of an episode.
 
         Raises:
             ConfigError: listing what there is.
         """
-        if self._keeps_best and best_metric(self._program, names) is None:
-            raise unknown_metric(self._program, names)
+        runtime = self._program.config.runtime
+        is_theirs = needs_evaluation(self._program) == evaluation
+        if runtime.keep_last is None or runtime.keep_best is None or not is_theirs:
+            return
+        if score(self._program, metrics) is None:
+            raise unknown_metric(self._program, metrics)
 
     def _take_down(
         self,
@@ -175,24 +184,17 @@ class Checkpointing:
         state.versions = versions()
         described = {module.name: changes.architecture(module) for module in modules}
         state.architectures = {name: a for name, a in described.items() if a is not None}
-        state.metrics, state.transcripts = dict(records.metrics), records.transcripts
+        finite = {name: value for name, value in records.metrics.items() if isfinite(value)}
+        state.metrics, state.transcripts = finite, records.transcripts
         others = [other.sequence for other in whole(root).values()]
         state.sequence = max([state.sequence, *others]) + 1
 
-    def _retain(self, root: Path, state: RunState) -> list[str]:
+    def _retain(self, root: Path) -> list[str]:
         """Remove the checkpoints that need not stay."""
         runtime = self._program.config.runtime
-        metric = best_metric(self._program, state.metrics)
         keep = [path for path in (self.latest, self._resumed_from) if path is not None]
-        problems = Retention(runtime.keep_last, runtime.keep_best or 0, metric).apply(root, keep)
-        if self._keeps_best and metric is None and not needs_evaluation(self._program):
-            raise unknown_metric(self._program, state.metrics)
-        return problems
-
-    @property
-    def _keeps_best(self) -> bool:
-        runtime = self._program.config.runtime
-        return runtime.keep_last is not None and runtime.keep_best is not None
+        ranked_by = partial(score, self._program)
+        return Retention(runtime.keep_last, runtime.keep_best or 0, ranked_by).apply(root, keep)
 
     # ---- resuming -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from chatlearn.config_problems import closest
 from chatlearn.errors import ConfigError
@@ -13,21 +13,22 @@ from chatlearn.program import Program
 _KEY = "runtime.best_metric"
 
 
-def best_metric(program: Program, names: Collection[str]) -> str | None:
-    """Return the metric that checkpoints are ranked by, `-` before it where lower is better.
+def score(program: Program, metrics: Mapping[str, float]) -> float | None:
+    """Return by what a checkpoint is ranked, the higher the better.
 
     Args:
         program: whose `runtime.best_metric` counts; None takes what the evaluation is for.
-        names: the metrics of an episode.
+        metrics: of the checkpoint's episode.
 
     Returns:
-        None if it is none of `names`.
+        None if that episode did not measure it.
     """
     given = program.config.runtime.best_metric
-    if given is not None:
-        return given if given.removeprefix("-") in names else None
-    measured = [name for name in names if name.startswith(EVAL)]
-    return find_key(measured, ACCURACY) or find_key(measured, REWARD)
+    if given is None:
+        measured = [name for name in metrics if name.startswith(EVAL)]
+        given = find_key(measured, ACCURACY) or find_key(measured, REWARD)
+    value = metrics.get((given or "").removeprefix("-"))
+    return -value if value is not None and given and given.startswith("-") else value
 
 
 def needs_evaluation(program: Program) -> bool:

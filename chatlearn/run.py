@@ -333,7 +333,8 @@ class Run:
                 tap=self._record.tap,
             )
         self._recorder.evaluation_done(self.state.episode, results, evaluator.metrics)
-        self._checkpointing.refuse_unknown_metric([EVAL + name for name in evaluator.metrics])
+        measured = {EVAL + name: value for name, value in evaluator.metrics.items()}
+        self._checkpointing.refuse_unknown_metric(measured, evaluation=True)
         return results
 
     def save_if_due(self) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +19,16 @@ class Retention:
     checkpoints neither count nor go: somebody may want to look at them.
 
     Example:
-        >>> Retention(last=2, best=1, metric="eval/reward/accuracy").apply(folder, keep=[resumed_from])
+        >>> Retention(last=2, best=1, score=lambda metrics: metrics.get("eval/a")).apply(folder, keep=[resumed_from])
         []
     """
 
     last: int | None
     """Newest checkpoints that stay; None keeps all."""
     best: int = 0
-    """Checkpoints that stay besides, those with the best `metric`."""
-    metric: str | None = None
-    """Name in `metrics.jsonl`; higher is better, or lower with a `-` before the name."""
+    """Checkpoints that stay besides, those with the highest score."""
+    score: Callable[[Mapping[str, float]], float | None] = lambda _: None
+    """Of the metrics of a checkpoint's episode; None where that episode did not measure it."""
 
     def apply(self, root: Path, keep: Collection[Path]) -> list[str]:
         """Remove what need not stay below `root`; call it after a checkpoint was written whole.
@@ -43,8 +43,8 @@ class Retention:
         found = whole(root)
         newest = list(found)
         scores = {path: self.score(state.metrics) for path, state in found.items()}
-        ranked = [path for path in newest if scores[path] is not None]
-        ranked.sort(key=lambda path: scores[path] or 0.0, reverse=True)  # of equals the newer first
+        known = {path: score for path, score in scores.items() if score is not None}
+        ranked = sorted(known, key=known.__getitem__, reverse=True)  # of equals the newer first
         stay = {*newest[: self.last], *ranked[: self.best], root / (named(root) or "")}
         resolved = {path.resolve() for path in keep}
         problems: list[str] = []
@@ -56,12 +56,3 @@ class Retention:
             except OSError as error:
                 problems.append(f"{path.name} should go (runtime.keep_last), but: {error}")
         return problems
-
-    def score(self, metrics: Mapping[str, float]) -> float | None:
-        """Return what a checkpoint is ranked by, the higher the better; None if its episode was not measured."""
-        if self.metric is None:
-            return None
-        name = self.metric.removeprefix("-")
-        if name not in metrics:
-            return None
-        return -metrics[name] if self.metric.startswith("-") else metrics[name]

@@ -10,14 +10,20 @@ from pathlib import Path
 from chatlearn.errors import OutputError, write_failure
 
 
-def write_atomically(target: Path, text: str) -> None:
+def write_atomically(target: Path, text: str, *, within: Path | None = None) -> None:
     """Write text to a temporary file beside `target`, have it on disk, then put it in its place.
+
+    Args:
+        target: the file.
+        text: its new content.
+        within: below this folder, which must be there, the target's own folder is made; None makes none.
 
     Raises:
         OutputError: it cannot be written; what was there is untouched.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if within is not None and target.parent != within:
+            target.parent.mkdir(exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(

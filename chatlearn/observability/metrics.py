@@ -109,7 +109,7 @@ class Records:
     lines: str
     """Those of `metrics.jsonl` once the last episode is in it."""
     metrics: Mapping[str, float]
-    """The finite ones of the last episode."""
+    """Of the last episode."""
     transcripts: int
     """Samples in `transcripts.jsonl`."""
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -304,8 +303,7 @@ class Recorder:
             self._sum_up(module_seconds)
             metrics = self._measured()
             lines = self._metrics.lines(episode, train_iteration, metrics)
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        return Records(lines, finite, self._transcripts.count)
+        return Records(lines, metrics, self._transcripts.count)
 
     def _sum_up(self, module_seconds: float) -> None:
         wall = time.perf_counter() - self._began

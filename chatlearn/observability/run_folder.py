@@ -127,7 +127,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a file so that a reader, or a crash, sees the old one or the new one whole."""
         target = self.path / name
-        write_atomically(target, text)
+        write_atomically(target, text, within=self.path)
         return target
 
     def close(self) -> None:

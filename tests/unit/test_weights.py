@@ -185,7 +185,9 @@ def test_weights_tied_on_one_side_only_are_not_shared() -> None:
     report = ParameterSync(source, [destination], share=True).run()
     assert not report.shared
     source.model.a.weight.data.add_(1)
-    with pytest.raises(SyncError, match=r"b\.weight and a\.weight are one tensor in the destination"):
+    with pytest.raises(
+        SyncError, match=r"b\.weight and a\.weight are one tensor in the destination"
+    ):
         ParameterSync(source, [destination], share=True).run()
     assert float(destination.model.a.weight.detach().sum()) == 4.0, "nothing was moved"
 
