@@ -105,7 +105,9 @@ def encode(column: Column) -> tuple[Kind, Any]:
     kinds: set[type] = {type(cell) for cell in column}
     if kinds and kinds <= {Tensor, torch.nn.Parameter}:
         cells = cast("list[Tensor]", column)
-        if len({(cell.dtype, cell.dim()) for cell in cells}) == 1:
+        if len({cell.device for cell in cells}) > 1:
+            cells = [cell.cpu() for cell in cells]
+        if len({(cell.dtype, cell.dim(), cell.layout) for cell in cells}) == 1:
             kind = _tensor_kind(cells[0], cells[0].dim())
             return kind, _tensor_array(kind, None, cells)
     return _encode_plain(column, kinds - {type(None)})
@@ -152,6 +154,7 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
 
 
 def _flat(kind: Kind, tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor as they are stored: `[N]`, on the CPU."""
     tensor = tensor.detach().cpu()
     if kind.dtype in _PARTS:
         tensor = torch.view_as_real(tensor.resolve_conj())
@@ -165,10 +168,10 @@ def _tensor_array(kind: Kind, shape: Sequence[int] | None, column: Tensor | list
         shapes = [list(shape or ())] * count
         sizes = [values.numel() // count if count else 0] * count
     else:
-        parts = [_flat(kind, cell) for cell in column]
-        values = torch.cat(parts)
+        values = _flat(kind, torch.cat([cell.reshape(-1) for cell in column]))
         shapes = [list(cell.shape) for cell in column]
-        sizes = [part.numel() for part in parts]
+        numbers = 2 if kind.dtype in _PARTS else 1
+        sizes = [numbers * cell.numel() for cell in column]
     flat: Any = pa.array(values.numpy())
     if not kind.ndim and not kind.has_shape:
         return flat

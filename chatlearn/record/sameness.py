@@ -76,7 +76,20 @@ def same_column(first: Column, second: Column) -> bool:
     """Tell whether two columns hold the same cells, one stacked and the other listed or not."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return _same_tensors(first, second)
-    return len(first) == len(second) and all(map(same, first, second))
+    if len(first) != len(second) or isinstance(first, Tensor) or isinstance(second, Tensor):
+        return len(first) == len(second) and all(map(same, first, second))
+    if {*map(type, first), *map(type, second)} == {
+        Tensor
+    }:  # as one comparison: there may be thousands
+        shapes = [[cell.shape for cell in column] for column in (first, second)]
+        kinds = [{(cell.dtype, cell.device) for cell in column} for column in (first, second)]
+        if shapes[0] == shapes[1] and len(kinds[0]) == len(kinds[1]) == 1:
+            return _same_tensors(_flat(first), _flat(second))
+    return same(first, second)
+
+
+def _flat(cells: list[Tensor]) -> Tensor:
+    return torch.cat([cell.reshape(-1) for cell in cells])
 
 
 @dataclass(frozen=True)

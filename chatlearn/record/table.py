@@ -113,7 +113,7 @@ class TableWriter:
 
     def layout(self, places: Layout) -> int:
         """Return the number of a layout; equal ones share theirs."""
-        text = json.dumps([asdict(place) for place in places])
+        text = json.dumps([vars(place) for place in places])
         return self._layouts.setdefault(text, len(self._layouts))
 
     def add(self, entry: CallEntry, meta: Mapping[str, Sequence[Any]]) -> None:

@@ -135,6 +135,7 @@ class Image:
         ([[1, Image()]], "Image"),
         ([{"a": (Image(),)}], "Image"),
         ([torch.eye(2).to_sparse()], "sparse"),
+        ([torch.eye(2), torch.eye(2).to_sparse()], "sparse"),
         (torch.empty(2, device="meta"), "without data"),
         ([np.zeros(1, dtype=[("a", "i4")])], "array of"),
     ],
