@@ -54,7 +54,8 @@ class Attempts:
 
     def __init__(self) -> None:
         self._inputs: dict[int, _Inputs] = {}
-        self._failures: dict[int, tuple[Call, Failure]] = {}
+        self._last: tuple[Call, Failure] | None = None
+        """The call that failed last: what follows is said at once, and tracebacks hold on to batches."""
         self._first: dict[str, Failure] = {}
         """The first failure of every module."""
         self.lost: dict[int, LostSample] = {}
@@ -78,7 +79,7 @@ class Attempts:
 
     def fail(self, call: Call, failure: Failure) -> None:
         """Take note of a failure; whether its samples are lost is still to be decided."""
-        self._failures[call.id] = (call, failure)
+        self._last = call, failure
         self._first.setdefault(call.node.module, failure)
 
     def lose(
@@ -90,7 +91,7 @@ class Attempts:
             command: names them.
             groups: the prompt's number by uid.
         """
-        call, failure = self._failures[command.call]
+        call, failure = self._failed(command.call)
         kept = self._inputs[call.id if call.origin < 0 else call.origin]
         for uid in command.uids:
             outcome = failure.outcome_of(uid)
@@ -101,11 +102,16 @@ class Attempts:
 
     def ending(self, call: Call) -> ModuleError:
         """Return the error that ends the run after a call that failed."""
-        _, failure = self._failures[call.id]
+        _, failure = self._failed(call.id)
         if call.node.recovery.fate != "stop":
             what = f"{call.node.name} has failed on every sample so far, so it must be broken"
             return _because(what, self._first[call.node.module].error)
         return _because(f"{call.node.name} failed {call.attempt + 1} times", failure.error)
+
+    def _failed(self, call: int) -> tuple[Call, Failure]:
+        assert self._last is not None
+        assert self._last[0].id == call
+        return self._last
 
     def nothing_left(self) -> ModuleError:
         """Return the error that ends a run of which no sample is left."""
