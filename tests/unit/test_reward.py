@@ -222,3 +222,49 @@ def test_weights_that_do_not_fit_are_refused(weights):
     assert "weight" in str(module.check_config()[0])
     with pytest.raises(ConfigError, match="weights"):
         module.forward_step(batch())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "1", [1.0, 2.0], np.float32("nan")])
+def test_with_a_policy_a_bad_number_fails_one_sample(value):
+    module = FunctionReward("reward", lambda completions: [1.0, value, 3.0], on_failure="mask")
+    data = module.forward_step(batch())
+    assert data["outcome"] == ["ok", "failed", "ok"]
+    assert data["rewards"].isnan().tolist() == [False, True, False]
+    assert [data["rewards"][0], data["rewards"][2]] == [1.0, 3.0]
+    assert state_of(module).metrics[-1]["rewards"] == 2.0, "the mean of those that have one"
+    failure = state_of(module).failure
+    assert "for one sample" in failure
+    assert "sample uid 8, completion '5'" in failure
+
+
+def test_one_of_several_functions_fails_a_sample_and_others_keep_their_values():
+    def picky(completions):
+        return [None, 2.0, 3.0]
+
+    module = FunctionReward(
+        "reward", [brief, picky], weights={"brief": 1.0, "picky": 0.0}, on_failure="retry"
+    )
+    data = {**batch(), "outcome": ["cut", "cut", "ok"]}
+    data = module.forward_step(data)
+    assert data["outcome"] == ["failed", "cut", "ok"]
+    assert data["rewards"][0].isnan(), "a weight of 0 does not hide it"
+    assert data["rewards/brief"].tolist() == [-1.0, -1.0, -1.0]
+
+
+def test_every_call_with_a_policy_makes_the_same_columns():
+    module = FunctionReward("reward", brief, on_failure="drop_group")
+    assert module.forward_step(batch())["outcome"] == ["ok"] * 3
+    assert "outcome" not in FunctionReward("reward", brief).forward_step(batch())
+
+
+def test_when_all_fail_no_mean_is_logged():
+    module = FunctionReward("reward", lambda completions: [math.nan] * 3, on_failure="mask")
+    assert module.forward_step(batch())["outcome"] == ["failed"] * 3
+    assert state_of(module).metrics == []
+
+
+@pytest.mark.parametrize("policy", ["mask", "drop_group", "retry"])
+def test_what_is_wrong_with_the_whole_batch_is_still_an_error(policy):
+    for function in (lambda completions: [1.0], lambda completions: "3", lambda nothing: [1.0] * 3):
+        with pytest.raises(RewardError):
+            FunctionReward("reward", function, on_failure=policy).forward_step(batch())
