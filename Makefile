@@ -33,6 +33,7 @@ format: $(DEV) ## Format and fix what can be fixed
 bench: $(BASE) ## Run the benchmarks, briefly (in full: without --quick)
 	$(BIN)/python benchmarks/engine_overhead.py --quick
 	$(BIN)/python benchmarks/grpo_step.py --quick
+	$(BIN)/python benchmarks/recording.py --quick
 	$(BIN)/python benchmarks/sync_proof.py --quick
 	$(BIN)/python benchmarks/flow_checker.py --quick
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _HEAD, _TAIL = 24, 8
 """Tokens shown of a long response."""
+_FIXED, _WIDTH = 28, 13
+"""Characters that a token's number, id and text take, and each column of numbers."""
 _HEADINGS: Final = {
     columns.ROLLOUT_LOGPROBS: "rollout",
     columns.OLD_LOGPROBS: "old",
@@ -77,7 +80,8 @@ def print_biography(life: Biography, console: Console, *, all_tokens: bool = Fal
         if lines:
             _heading(console, title)
         for line in lines:
-            console.print(Text(f"  {line}", style="yellow" if title == "remarks" else "dim"))
+            text = Text(line, style="yellow" if title == "remarks" else "dim")
+            console.print(Padding(text, (0, 0, 0, 2), expand=False))
 
 
 def _heading(console: Console, title: str) -> None:
@@ -142,6 +146,8 @@ def _print_tokens(
     for name in names:
         table.add_column(_HEADINGS[name], justify="right")
     followed = [update for update in updates if len(update.ratio) == count]
+    room = max((console.width - _FIXED - _WIDTH * len(names)) // _WIDTH, 1)
+    hidden, followed = followed[room:], followed[:room]
     for update in followed:
         table.add_column(f"ratio in {update.update}", justify="right")
     for token in shown:
@@ -154,6 +160,9 @@ def _print_tokens(
         cells += [_ratio(update, token) for update in followed]
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+    if hidden:
+        numbers = ", ".join(str(update.update) for update in hidden)
+        console.print(Text(f"  ratio in {numbers}: see --json", style="dim"))
 
 
 def _ratio(update: Update, token: int) -> str:
@@ -199,41 +208,25 @@ def _print_updates(life: Biography, console: Console) -> None:
     if not life.updates:
         console.print(Text("  it was in no update"))
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    headings = (
-        "  update",
-        "episode",
-        "pass",
-        "micro-batch",
-        "trained",
-        "clipped",
-        "ratio",
-        "weight",
-    )
-    for heading in (*headings, "loss", "grad_norm"):
-        table.add_column(heading, justify="right")
     for update in life.updates:
-        ratios = [ratio for ratio in update.ratio if not math.isnan(ratio)]
-        clipped = sum(value != 0 for value in update.clipped)
-        loss, norm = update.numbers.get("loss"), update.numbers.get("grad_norm")
-        cells = (
-            f"  {update.update}",
-            f"{update.episode} ({_nth(update.update_of_episode)})",
-            str(update.training_pass),
-            str(update.micro_batch),
-            f"{len(ratios)} tokens" if update.ratio else "",
-            str(clipped) if update.ratio else "",
-            f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "",
-            "" if update.loss_weight is None else _value(update.loss_weight),
-            "" if loss is None else _value(loss),
-            "" if norm is None else _value(norm),
-        )
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
-
-
-def _nth(number: int) -> str:
-    return f"its {number}."
+        order = f"its {update.update_of_episode}., pass {update.training_pass}"
+        where = f"episode {update.episode} ({order}), micro-batch {update.micro_batch}"
+        console.print(Text(f"  update {update.update}: {where}"))
+        parts: list[str] = []
+        if update.ratio:
+            parts.append(f"{update.trained} tokens trained on")
+            ratios = [ratio for ratio in update.ratio if not math.isnan(ratio)]
+            clipped = sum(value != 0 for value in update.clipped)
+            if ratios:
+                parts.append(f"ratio {min(ratios):.4f} to {max(ratios):.4f}, {clipped} clipped")
+        if update.loss_weight is not None:
+            parts.append(f"weight {_value(update.loss_weight)} each")
+        if parts:
+            console.print(Text(f"    {', '.join(parts)}"))
+        shown = [name for name in ("loss", "grad_norm", "lr") if name in update.numbers]
+        if shown:
+            numbers = ", ".join(f"{name} {_value(update.numbers[name])}" for name in shown)
+            console.print(Text(f"    of the whole update: {numbers}"))
 
 
 def _numbers(uids: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -44,24 +45,22 @@ def print_comparison(comparison: NodeComparison, console: Console) -> None:
         title += ": equal, bit for bit"
     console.print(Text(title, style="bold green" if comparison.is_equal else "bold"))
     for remark in comparison.remarks:
-        console.print(Text(f"  {remark}", style="yellow"))
+        console.print(Padding(Text(remark, style="yellow"), (0, 0, 0, 2), expand=False))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("  column", "result", "largest difference", "where"):
+    for heading in ("column", "result", "largest difference", "where"):
         table.add_column(heading, overflow="fold")
     for item in comparison.numbers:
-        result = (
-            "equal" if not item.differing else f"{item.differing} of {item.steps} updates differ"
-        )
+        result = "equal" if not item.differing else f"{item.differing} of {item.steps} differ"
         where = f"{_shown(item.recorded)} then, {_shown(item.made)} now" if item.differing else ""
         largest = item.largest if item.differing else None
         _add_row(table, item.name, not item.differing, result, largest, where)
     for column in comparison.columns:
-        name = f"{column.column}, per sample" if comparison.trains else column.column
+        name = f"{column.column} (column)" if comparison.trains else column.column
         where = f"uid {', '.join(map(str, column.uids))}" if column.uids else ""
         where += ", ..." if column.differing > len(column.uids) else ""
         _add_row(table, name, column.is_equal, _result(column), column.largest, where)
     if table.row_count:
-        console.print(table)
+        console.print(Padding(table, (0, 0, 0, 2), expand=False))
     console.print()
 
 
@@ -70,7 +69,7 @@ def _add_row(
 ) -> None:
     gap = "" if largest is None or is_equal else f"{largest:.3g}"
     style = "green" if is_equal else "yellow"
-    cells = (Text(f"  {name}"), Text(result, style=style), Text(gap), Text(where))
+    cells = (Text(name), Text(result, style=style), Text(gap), Text(where))
     table.add_row(*cells)
 
 

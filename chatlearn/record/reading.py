@@ -103,7 +103,13 @@ class EpisodeRecord:
                     f"{name} of episode {self.number} is not recorded; there are {', '.join(self.flows)}",
                     place=str(self.path),
                 )
-            self._flows[name] = FlowRecord(self, folder)
+            try:
+                self._flows[name] = FlowRecord(self, folder)
+            except (KeyError, TypeError, ValueError) as error:
+                raise RecordError(
+                    f"a file of the record is damaged: {type(error).__name__}: {error}",
+                    place=str(folder / FLOW),
+                ) from error
         return self._flows[name]
 
     def nodes(self) -> list[NodeRecord]:

@@ -8,7 +8,8 @@ each call which columns it had, in order, and where their cells are to be found.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -226,12 +227,14 @@ class Table:
     @cached_property
     def calls(self) -> list[CallEntry]:
         """The calls, in the order in which they returned."""
-        return [CallEntry(**entry) for entry in self._content[1]["calls"]]
+        with self._guarded():
+            return [CallEntry(**entry) for entry in self._content[1]["calls"]]
 
     @cached_property
     def layouts(self) -> list[Layout]:
         """The layouts that calls refer to."""
-        return [[_place(place) for place in layout] for layout in self._content[1]["layouts"]]
+        with self._guarded():
+            return [[_place(place) for place in layout] for layout in self._content[1]["layouts"]]
 
     @cached_property
     def starts(self) -> list[int]:
@@ -240,6 +243,15 @@ class Table:
         for call in self.calls:
             starts.append(starts[-1] + call.rows)
         return starts[:-1]
+
+    @contextmanager
+    def _guarded(self) -> Generator[None]:
+        try:
+            yield
+        except (KeyError, TypeError) as error:
+            raise RecordError(
+                f"a file of the record is damaged: {error}", place=str(self.path), fix=_ANEW
+            ) from error
 
     @property
     def rows(self) -> int:

@@ -605,7 +605,7 @@ def test_why_prints_a_story_and_json(recorded: Path, capsys: pytest.CaptureFixtu
         "5+5=",
         "1 x vowels",
         "rewards of the group, by uid: 15:",
-        "its 1.",
+        "its 1., pass 1",
         "ratio in 7",
     ):
         assert part in shown

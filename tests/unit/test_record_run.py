@@ -314,6 +314,16 @@ def newer(path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({b"chatlearn": changed}), path)
 
 
+def strange(path: Path) -> None:
+    table = pq.ParquetFile(path).read()
+    content = {**json.loads(table.schema.metadata[b"chatlearn"]), "calls": [{"rows": 3, "what": 1}]}
+    pq.write_table(table.replace_schema_metadata({b"chatlearn": json.dumps(content)}), path)
+
+
+def bare(path: Path) -> None:
+    path.write_text(json.dumps({"format": 1}))
+
+
 def newer_json(path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
 
@@ -326,6 +336,8 @@ def newer_json(path: Path) -> None:
         (NODE, Path.unlink, "a file of the record is missing"),
         (NODE, other, "this Parquet file is no part of a record"),
         (NODE, newer, "the record has format 99"),
+        (NODE, strange, "a file of the record is damaged"),
+        ("env_flow/flow.json", bare, "a file of the record is damaged: KeyError"),
         ("env_flow/flow.json", cut, "a file of the record is damaged"),
         ("env_flow/flow.json", Path.unlink, "a file of the record is missing"),
         ("env_flow/flow.json", newer_json, "the record has format 99"),
