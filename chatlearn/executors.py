@@ -336,8 +336,7 @@ class Evaluator(Executor):
 def _show_call(
     display: EvaluationProgress, module: str, method: str, _: bool, uids: Sequence[int]
 ) -> None:
-    display.phase(f"{module}.{method}")
-    display.calling(f"{module}.{method}", uids)
+    display.phase(name := f"{module}.{method}", name, uids)
 
 
 def _by_module(graph: FlowGraph, batches: Mapping[int, list[Batch]]) -> Results:

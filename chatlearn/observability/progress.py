@@ -151,15 +151,17 @@ class Progress:
         self._start()
 
     @never_disturb
-    def phase(self, name: str) -> None:
-        """Say what the run does now: generating, scoring, training, syncing, evaluating, saving."""
+    def phase(self, name: str, call: str = "", uids: Sequence[int] = ()) -> None:
+        """Say what the run does now: generating, training, saving; and of a call its name and samples."""
         self._phase = name
         self._phase_samples = self._phase_tokens = 0
         self._phase_began = self._clock()
+        if call:
+            self._call.begin(call, uids)
 
     @never_disturb
     def calling(self, name: str, uids: Sequence[int]) -> None:
-        """Take note of the call that is made next, to name it if it takes long."""
+        """Take note of the call that is made next within a phase, to name it if it takes long."""
         self._call.begin(name, uids)
 
     @never_disturb

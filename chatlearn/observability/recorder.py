@@ -206,14 +206,16 @@ class Recorder:
 
     def starting(self, module: str, method: str, is_training: bool, uids: Sequence[int]) -> None:
         """Show which call is made next."""
-        self._show("training" if is_training else f"{module}.{method}")
-        self._calling(module, method, is_training, uids)
+        if self._progress is not None:
+            name = f"{module}.{method}"
+            self._progress.phase("training" if is_training else name, name, uids)
 
     def evaluation_starting(
         self, module: str, method: str, is_training: bool, uids: Sequence[int]
     ) -> None:
         """Take note of which call of the evaluation flow is made next."""
-        self._calling(module, method, is_training, uids)
+        if self._progress is not None:
+            self._progress.calling(f"{module}.{method}", uids)
 
     def call(self, call: Call) -> None:
         """Take the numbers of a finished call of the environment or trainer flow."""
@@ -224,10 +226,12 @@ class Recorder:
             if name.endswith(_TOKENS):
                 tokens, seconds = self._speeds.get(f"{call.module}/{name}", (0.0, 0.0))
                 self._speeds[f"{call.module}/{name}"] = (tokens + value, seconds + call.seconds)
-        self._outcomes.add(call)
+        if call.outcomes:
+            self._outcomes.add(call)
         if self._progress is not None:
             self._progress.advance(call)
-        self._tell_cause(call)
+        if call.cause:
+            self._tell_cause(call)
 
     def losses(self, losses: Mapping[str, int]) -> None:
         """Take what became of the samples that an episode lost: how many were masked, or went with their groups."""
@@ -260,7 +264,8 @@ class Recorder:
         """Take note of a finished call of the evaluation flow."""
         if self._progress is not None:
             self._progress.advance(call)
-        self._tell_cause(call)
+        if call.cause:
+            self._tell_cause(call)
 
     def evaluation_done(
         self, episode: int, results: Mapping[str, Sequence[Batch]], metrics: Mapping[str, float]
@@ -317,13 +322,9 @@ class Recorder:
     def _measured(self) -> dict[str, float]:
         return {**self._episode.summary(), **self._outcomes.metrics(), **self._evaluation}
 
-    def _calling(self, module: str, method: str, is_training: bool, uids: Sequence[int]) -> None:
-        if self._progress is not None:
-            self._progress.calling(f"{module}.{method}", uids)
-
     def _tell_cause(self, call: Call) -> None:
         """Tell of samples that were given up: the first time in full, then how many there are."""
-        if call.cause and self._progress is not None:
+        if self._progress is not None:
             self._progress.losing(words(self._outcomes.metrics()))
         if (note := self._causes.note_of(call)) is not None:
             self.note(note)
