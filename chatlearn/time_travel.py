@@ -19,7 +19,8 @@ from chatlearn.flow.batching import Batch
 from chatlearn.program import Program, raise_problems
 from chatlearn.record.reading import EpisodeRecord, RunRecord
 from chatlearn.record.table import write_batches
-from chatlearn.rerun import Rerun, select_episode, select_node
+from chatlearn.rerun import Rerun
+from chatlearn.rerun_selection import select_episode, select_node
 from chatlearn.script import inspect
 
 _OWN = ("output_dir", "resume", "trackers", "record", "record_last", "keep_last", "keep_best")
