@@ -109,6 +109,7 @@ class Run:
         self._sampler, self._datasets = self._sampler_over_datasets()
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
         self._syncs = Syncs(self.program, self.stage, self.config)
+        resumed = self._go_on_from(self._resume_from) if self._resume_from is not None else []
         self._record = RunRecord(self.program, self.stage, self._recorder, done)
         self._flows = EpisodeFlows(
             self.program,
@@ -118,7 +119,6 @@ class Run:
             lambda: self._interruption.requested,
             tap=self._record.tap,
         )
-        resumed = self._go_on_from(self._resume_from) if self._resume_from is not None else []
         self._show_progress_of_calls(self._tick)
         for note in [*damaged, *resumed, *self.program.remarks]:
             self._recorder.note(note)

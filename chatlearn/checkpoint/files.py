@@ -79,12 +79,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and have it on disk."""
-    path.write_text(text, encoding="utf-8")
-    flush(path)
-
-
 # ---- tensors ------------------------------------------------------------------------------------------------------
 
 

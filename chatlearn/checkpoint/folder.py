@@ -113,26 +113,27 @@ def _make_way(latest: Path) -> None:
 
 
 def _seal(partial: Path, state: RunState) -> None:
-    """Take every file's size and digest down, and have all of it on disk before a rename makes it visible."""
+    """Take every file's size and digest down."""
     state.files, state.digests = {}, {}
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         name = path.relative_to(partial).as_posix()
         state.files[name], state.digests[name] = path.stat().st_size, files.digest(path)
-        files.flush(path)
-    files.write_text(partial / "checkpoint.json", state.to_json())
-    for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
-        files.flush(folder)
+    (partial / "checkpoint.json").write_text(state.to_json(), encoding="utf-8")
 
 
 def _publish(root: Path, partial: Path, target: Path) -> None:
-    """Give a checkpoint its name, then have `latest` name it; what that takes on a disk is taken before."""
+    """Have all of a checkpoint on disk, then give it its name, then have `latest` name it.
+
+    A disk is waited for twice only: when all is written, what `latest` will say included, and behind the renames.
+    """
     pointer = root / f".{LATEST}-{os.getpid()}"
     try:
-        files.write_text(pointer, target.name + "\n")
+        pointer.write_text(target.name + "\n", encoding="utf-8")
+        for path in [*partial.rglob("*"), partial, pointer, root]:
+            files.flush(path)
         if target.exists():  # saved anew after going on from an older one
             target.rename(root / f"{REPLACED}{os.getpid()}")
         partial.rename(target)
-        files.flush(root)
         pointer.replace(root / LATEST)
         files.flush(root)
     finally:

@@ -69,7 +69,8 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        with self._naming_errors():
+            self._writer.close()
 
     def _add(self, event: Any) -> None:
         with self._naming_errors():  # of the writer's thread, raised at the next event

@@ -52,6 +52,7 @@ from chatlearn.models import (
 from chatlearn.observability import jsonl
 from chatlearn.observability.recorder import Recorder
 from chatlearn.run import Run
+from chatlearn.run_record import RunRecord
 from chatlearn.stage import Stage
 from chatlearn.testing import tiny_pair
 
@@ -97,7 +98,7 @@ def some_old_ones(buffers: Any) -> list[Any]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"save_episode_interval": 1, "keep_last": 1, "keep_best": 1},
-    "replay": {"save_episode_interval": 2, "max_replay_episode": 2},
+    "replay": {"save_episode_interval": 2, "max_replay_episode": 2, "record": True},
     "dynamic": {
         "save_episode_interval": 1,
         "stream_data_loader_type": "dynamic",
@@ -167,6 +168,7 @@ PARTS: dict[str, list[Callable[..., Any]]] = {
     "retention": [Retention.apply],
     "metrics row": [Recorder.episode_done],
     "transcripts": [Recorder.samples],
+    "record": [RunRecord.keep],
     "end of the run": [Run._finish],
 }
 

@@ -3,7 +3,7 @@
 
 Real processes and real SIGKILL (`killed_runs.py`). What is compared is everything that a run computes: the rows of
 `metrics.jsonl` without what was measured by a clock, `transcripts.jsonl` byte by byte, and the files of the last
-checkpoint (weights, optimiser, schedule, generators, replay) and of the exported model, byte by byte.
+checkpoint (weights, optimiser, schedule, generators, replay), of the exported model and of the record, byte by byte.
 """
 
 from __future__ import annotations
@@ -52,10 +52,17 @@ def computed(folder: Path) -> dict[str, Any]:
         "transcripts": (folder / "transcripts.jsonl").read_text(),
         "checkpoint": files,
         "counts": {name: state[name] for name in counted},
-        "model": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted((folder / "model").iterdir())
-        },
+        "model": digests(folder / "model"),
+        "record": digests(folder / "record"),
+    }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.suffix != ".json"  # those of a record tell how each process was started
     }
 
 
