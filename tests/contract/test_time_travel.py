@@ -52,30 +52,35 @@ class Noise(BaseModule):
     writes = frozenset({"noise"})
 
     def setup(self):
-        self.calls = 0
+        self.calls = self.episodes = 0
+
+    def before_episode(self):
+        self.episodes += 1
 
     def forward_step(self, data, iteration):
         self.calls += 1
-        data["noise"] = torch.rand(len(data["uid"])) + random.random() + 100 * self.calls + 1000 * iteration
+        data["noise"] = torch.rand(len(data["uid"])) + random.random() + 10 * self.calls + 100 * iteration
+        data["noise"] += 1000 * self.episodes
         return data
 
     def training_state(self):
-        return {"calls": self.calls}
+        return {"calls": self.calls, "episodes": self.episodes}
 
     def load_training_state(self, state):
-        self.calls = state["calls"]
+        self.calls, self.episodes = state["calls"], state["episodes"]
 
 
 policy = PolicyInference("policy", model=tiny_pair, max_new_tokens=6)
 reference = PolicyReference("reference", model=tiny_pair)
 reward = FunctionReward("reward", [vowels, brevity])
 advantage = GroupAdvantage("advantage")
-noise = Noise("noise")
+dither, noise = Noise("dither"), Noise("noise")
 learner = PolicyTrainer("policy_trainer", model=tiny_pair, lr=1e-2, kl_coef=0.01)
 
 
 def env_flow(batch):
     rollout = policy.forward_step(batch)
+    dither.forward_step(rollout)
     return advantage.forward_step(noise.forward_step(reward.forward_step(rollout)), reference.forward_step(rollout))
 
 
@@ -91,6 +96,7 @@ engine = Engine(Environment(env_flow), Trainer(trainer_flow), Evaluator(eval_flo
 engine.set_parameter_sync(learner, policy).set_dataset([f"{i}+{i}=" for i in range(7)]).learn()
 '''
 ENVIRONMENT = [
+    "dither.forward_step",
     "reward.forward_step",
     "noise.forward_step",
     "reference.forward_step",
@@ -327,7 +333,9 @@ def test_the_outputs_can_be_kept(recorded: Path, tmp_path: Path) -> None:
 
 
 def test_nodes_can_be_kept_besides_the_rollouts(recorded: Path) -> None:
-    replayed = chatlearn.replay(recorded, episode=2, keep=["reference", "noise.forward_step"])
+    replayed = chatlearn.replay(
+        recorded, episode=2, keep=["reference", "noise.forward_step", "dither"]
+    )
     names = [comparison.node for comparison in replayed.nodes]
     # The reward is what noise was made of, so it is kept with it.
     assert names == ["advantage.forward_step", "policy_trainer.train_step"]
@@ -354,7 +362,7 @@ def test_weights_that_no_checkpoint_holds_are_missed_by_name(tmp_path: Path) -> 
         "noise: runs with the state that setup() makes; there is no checkpoint of episode 1"
     ]
     assert chatlearn.replay(run, episode=1).is_equal  # from what setup() makes
-    without_training = chatlearn.replay(run, episode=2, keep=["noise"])
+    without_training = chatlearn.replay(run, episode=2, keep=["noise", "dither"])
     assert [node.node for node in without_training.nodes] == [
         "reference.forward_step",
         "advantage.forward_step",
@@ -423,6 +431,7 @@ def test_an_error_of_a_changed_reward_names_its_line(
 
 # ---- flows of other shapes -----------------------------------------------------------------------------------------
 
+BREVITY = "def brevity(completions):\n    return [-0.1 * len(text) for text in completions]"
 SHAPES = {
     "streaming": (["runtime.stream_data_loader_type=dynamic"], {}),
     "replicas": (["models.policy.num_replica=2", "models.noise.num_replica=1"], {}),
@@ -434,13 +443,12 @@ SHAPES = {
     ),
     "lost samples": (
         ["models.reward.on_failure=mask"],
-        {"return [-0.1 * len(text) for text in completions]":
-            "return [float('nan') if text[0] in 'aeiouxyz' else -0.1 * len(text) for text in completions]"},
+        {BREVITY: "def brevity(completions, uid):\n    return [float('nan') if int(u) % 5 == 1 else 0.5 for u in uid]"},
     ),
     "dropped groups": (
         ["models.reward.on_failure=drop_group", "runtime.sample_per_episode=21"],
-        {"return [-0.1 * len(text) for text in completions]":
-            "assert not any(text[0] in 'aeiouxyz' for text in completions)\n    return [0.0 for _ in completions]"},
+        {BREVITY: "def brevity(completions, uid):\n    assert not any(int(u) % 7 == 2 for u in uid)\n"
+            "    return [-0.1 * len(text) for text in completions]"},
     ),
     "a namespace": (["models.advantage.namespace=own"], {"kl_coef=0.01)": 'kl_coef=0.01, namespace="own")'}),
 }  # fmt: skip
@@ -544,6 +552,23 @@ def test_a_sample_of_an_evaluation(recorded: Path) -> None:
     assert biography(recorded, 1, evaluation=True, episode=1).episode == 1
 
 
+def test_the_arithmetic_of_other_advantages(tmp_path: Path) -> None:
+    """RLOO, Dr.GRPO, and a module that is not ours."""
+    run = train(tmp_path / "rloo", SCRIPT, "models.advantage.leave_one_out=true")
+    assert biography(run, 5).advantages[0].agrees
+    run = train(
+        tmp_path / "plain", SCRIPT, "models.advantage.normalise_std=false", "models.advantage.eps=0"
+    )
+    assert biography(run, 5).advantages[0].agrees
+    own = SCRIPT.replace(
+        'advantage = GroupAdvantage("advantage")',
+        "class Own(GroupAdvantage):\n    pass\n\n\nadvantage = Own('advantage')",
+    )
+    (advantage,) = biography(train(tmp_path / "own", own), 5).advantages
+    assert advantage.computed is None
+    assert advantage.inputs.keys() >= {"rewards", "noise", "prompt_uid"}
+
+
 def test_an_unknown_sample(recorded: Path) -> None:
     with pytest.raises(RecordError) as raised:
         biography(recorded, 40)
@@ -556,6 +581,18 @@ def test_with_replay_a_sample_is_trained_on_in_later_episodes(tmp_path: Path) ->
     life = biography(run, 4)
     assert {update.episode for update in life.updates} == {1, 2}
     assert life.episode == 1
+
+
+def test_what_a_kept_node_lost_stays_lost(tmp_path: Path) -> None:
+    for name in ("lost samples", "dropped groups"):
+        arguments, changes = SHAPES[name]
+        ((old, new),) = changes.items()
+        run = train(tmp_path / name, SCRIPT.replace(old, new), *arguments)
+        flow = RunRecord(run).episode(2).flow("env_flow")
+        assert len(flow.node("reward.forward_step").came_out) < len(flow.uids)
+        replayed = chatlearn.replay(run, episode=2, keep=["reward"])
+        assert "reward.forward_step" not in [node.node for node in replayed.nodes]
+        assert replayed.is_equal, replayed.nodes
 
 
 def test_a_lost_sample_says_where_it_was_lost(tmp_path: Path) -> None:

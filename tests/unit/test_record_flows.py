@@ -137,8 +137,14 @@ class Shaky(BaseModule):
             raise ValueError("no score")
         data["rewards"] = torch.rand(len(data["uid"]))
         data["count"] = torch.arange(len(data["uid"]))
+        data["grid"] = torch.ones(len(data["uid"]), random.randint(2, 3), dtype=torch.int64)
         data["outcome"] = ["failed" if int(uid) % 7 == 5 else "ok" for uid in data["uid"]]
         return data
+
+
+class Counter(BaseModule):
+    def forward_step(self, data: Batch) -> Batch:
+        return {"count": torch.full((len(data["uid"]),), 0.5)}
 
 
 def parts() -> tuple[Any, ...]:
@@ -213,6 +219,17 @@ def shaky(fate: str) -> Callable[..., Engine]:
     return make
 
 
+def shaky_first(**runtime: Any) -> Engine:
+    """What fails takes the flow's own batch; two returned nodes have a column of the same name."""
+    judge, learner = Shaky("judge", on_failure="mask"), Learner("learner")
+    counter = Counter("counter")
+
+    def env_flow(batch: Any) -> Any:
+        return counter.forward_step(batch), judge.forward_step(batch)
+
+    return Engine(Environment(env_flow), Trainer(lambda b: learner.train_step(b)))
+
+
 def alone(**runtime: Any) -> Engine:
     learner = Learner("learner")
     return Engine(trainer=Trainer(lambda b: learner.train_step(b)))
@@ -237,6 +254,7 @@ CASES: list[tuple[str, Callable[..., Engine], dict[str, Any]]] = [
     ("masked", shaky("mask"), {"generation_batch_size": 4, **STEPS}),
     ("masked, streaming", shaky("mask"), {"generation_batch_size": 4, **STEPS, "stream_data_loader_type": "dynamic"}),
     ("groups dropped", shaky("drop_group"), {**GROUPS, **STEPS, "generation_batch_size": 4}),
+    ("straight from the batch", shaky_first, {"generation_batch_size": 4, **STEPS}),
     ("no environment", alone, STEPS),
 ]  # fmt: skip
 
