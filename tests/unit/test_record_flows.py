@@ -137,14 +137,16 @@ class Shaky(BaseModule):
             raise ValueError("no score")
         data["rewards"] = torch.rand(len(data["uid"]))
         data["count"] = torch.arange(len(data["uid"]))
-        data["grid"] = torch.ones(len(data["uid"]), random.randint(2, 3), dtype=torch.int64)
+        numbers = torch.arange(len(data["uid"]))
+        data["either"] = list(numbers) if int(data["uid"][0]) % 2 else numbers
         data["outcome"] = ["failed" if int(uid) % 7 == 5 else "ok" for uid in data["uid"]]
         return data
 
 
 class Counter(BaseModule):
     def forward_step(self, data: Batch) -> Batch:
-        return {"count": torch.full((len(data["uid"]),), 0.5)}
+        count = torch.full((len(data["uid"]),), 0.5, dtype=torch.float64)
+        return {"count": count, "either": count.clone()}
 
 
 def parts() -> tuple[Any, ...]:
