@@ -36,6 +36,7 @@ bench: $(BASE) ## Run the benchmarks, briefly (in full: without --quick)
 	$(BIN)/python benchmarks/recording.py --quick
 	$(BIN)/python benchmarks/sync_proof.py --quick
 	$(BIN)/python benchmarks/flow_checker.py --quick
+	$(BIN)/python benchmarks/checkpoint.py --quick
 
 docs: $(DEV) ## Check that links and paths in the documentation lead somewhere
 	$(BIN)/python docs/check.py

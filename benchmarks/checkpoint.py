@@ -9,7 +9,7 @@ tensors go to the same disk by bare `safetensors.save_file` and `torch.save` and
 
 The last line is one JSON object: `ratio_<MB>` is the checkpoint's time over the bare one's for a checkpoint of so many
 megabytes, `s_<MB>` its seconds and `gb_per_s_<MB>` its speed; `share_digest_<MB>`, `share_fsync_<MB>` and others are
-parts of the checkpoint's time, `verify_s_<MB>` is what `resume=auto` reads before setup, `load_s_<MB>` loading behind it.
+parts of the checkpoint's time, `verify_s_<MB>` is reading all of it before setup, `load_s_<MB>` loading it afterwards.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ class Checkpointing:
         self._resumed_from: Path | None = None
         self.latest: Path | None = None
         """The checkpoint that was written or resumed from last."""
+        self.has_failed = False
+        """Whether one could not be written: trying again at once would only take time."""
         self._given = [GivenData(len(r), fingerprint(r)) for r in program.training_rows]
 
     # ---- before setup ---------------------------------------------------------------------------------------------
@@ -138,6 +140,7 @@ class Checkpointing:
                 metrics=records.lines,
             )
         except CheckpointError as error:
+            self.has_failed = True
             lost = f"what came after {self.latest.name}" if self.latest else "the whole run so far"
             raise CheckpointError(
                 f"{error.cause}; not saved is {lost}", place=error.place, fix=error.fix
@@ -181,13 +184,14 @@ class Checkpointing:
         state.replay = _settings(replay)
         state.config_digest = config.digest(configs)
         state.config = config.to_dict(configs)
-        state.versions = versions()
+        state.versions = dict(versions())
         described = {module.name: changes.architecture(module) for module in modules}
         state.architectures = {name: a for name, a in described.items() if a is not None}
         finite = {name: value for name, value in records.metrics.items() if isfinite(value)}
         state.metrics, state.transcripts = finite, records.transcripts
-        others = [other.sequence for other in whole(root).values()]
-        state.sequence = max([state.sequence, *others]) + 1
+        if self.latest in (None, self._resumed_from):  # others may have been written there before
+            state.sequence = max([state.sequence, *(s.sequence for s in whole(root).values())])
+        state.sequence += 1
 
     def _retain(self, root: Path) -> list[str]:
         """Remove the checkpoints that need not stay."""

@@ -136,7 +136,7 @@ def write_failure(error: OSError) -> tuple[str, str]:
 
 
 def os_error_behind(error: BaseException | None) -> OSError | None:
-    """Return the operating system's error that another one hides, as libraries that write files do; None without one."""
+    """Return the operating system's error that another one hides, as libraries that write files do, if there is one."""
     while error is not None:
         if isinstance(error, OSError):
             return error

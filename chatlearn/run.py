@@ -19,7 +19,6 @@ from chatlearn.data.feed import Dataset, Feed
 from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.episode import EpisodeFlows
-from chatlearn.errors import CheckpointError
 from chatlearn.executors import EvalInfo, Evaluator
 from chatlearn.exporting import export_models
 from chatlearn.interruption import Interruption
@@ -152,7 +151,7 @@ class Run:
             if error is None or (stopped and self._is_whole and not interruption.is_forced):
                 self._finish(complete=not stopped)
             elif not interruption.is_forced:
-                self._keep_what_was_done(error)
+                self._keep_what_was_done()
         finally:
             self._end(KeyboardInterrupt() if stopped else error)
         if stopped:
@@ -190,7 +189,7 @@ class Run:
             for worker in workers:
                 worker.module.progress = tick
 
-    def _keep_what_was_done(self, failure: BaseException | None) -> None:
+    def _keep_what_was_done(self) -> None:
         """After a failure, or a Ctrl-C of the user's own code, leave the episodes that are done.
 
         Once a train step has touched them, they cannot be saved any more: what was saved before remains.
@@ -207,7 +206,7 @@ class Run:
         try:
             if self._open_episode == self.state.episode:
                 self._record_episode()  # it failed in its evaluation or checkpoint
-            if not isinstance(failure, CheckpointError):  # else nothing can be saved
+            if not self._checkpointing.has_failed:
                 self._save()
             self._recorder.finish(
                 self.state.episode, time.perf_counter() - self._start, complete=False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections import Counter
@@ -144,6 +145,7 @@ class RunState:
 _STATE = TypeAdapter(RunState)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return what a run's numbers depend on besides its code: the versions of Python and of libraries."""
     found = {"python": platform.python_version()}

@@ -672,3 +672,14 @@ def test_a_folder_that_vanishes_ends_the_run_with_an_error(tmp_path: Path) -> No
     learn(tmp_path / "whole", 4)
     learn(away, 4)
     assert computed(away) == computed(tmp_path / "whole")
+
+
+def test_samples_that_no_checkpoint_can_keep_cost_no_episode(tmp_path: Path) -> None:
+    class Odd(Policy):
+        def forward_step(self, data: Batch) -> Batch:
+            odd = {"odd": [object()] * len(data["prompt"])} if self.steps == 4 else {}
+            return {**super().forward_step(data), **odd}
+
+    with pytest.raises(CheckpointError, match="column 'odd' holds a object"):
+        learn(tmp_path, 5, Odd(), max_replay_episode=1, save_episode_interval=None)
+    assert saved(tmp_path) == [2]
