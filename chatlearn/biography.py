@@ -95,9 +95,16 @@ def find_episode(
         if uids:
             known[number] = uids
     if not known:
-        what = "evaluation" if evaluation else "samples"
+        what, other = "samples of an evaluation", "--eval off"
+        if not evaluation:
+            what, other = (
+                "samples of training",
+                "--eval: samples of evaluations have numbers of their own",
+            )
         raise RecordError(
-            f"no {what} of {describe_numbers(numbers)} recorded", place=str(record.root)
+            f"no {what} are recorded (episodes: {describe_numbers(numbers)})",
+            place=str(record.root),
+            fix=f"look with {other}",
         )
     nearest = min(known, key=lambda n: min(abs(uid - known[n][0]), abs(uid - known[n][-1])))
     whole = [u for uids in known.values() for u in uids]
@@ -151,6 +158,10 @@ def biography(
         life.prompt = sample.get(columns.PROMPT, _entered(flow, columns.PROMPT, uid))
         _explain_absence(life, flow)
     else:
+        trained = home.flow("trainer_flow")
+        row = trained.positions[trained.delivered_uids.index(uid)]
+        cell = trained.batch_cells(columns.PROMPT)[row]
+        life.prompt = None if cell is ABSENT else plain(cell)
         life.missing.append("how it was made: the run trained on a dataset of samples")
     if not evaluation:
         for number in record.episodes:

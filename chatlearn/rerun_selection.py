@@ -85,7 +85,7 @@ def select_episode(program: Program, episode: EpisodeRecord, keep: Collection[st
     A node sampled if the record says that it made a column `response_ids`, in whatever namespace.
 
     Raises:
-        RecordError: a node to keep is not in the record.
+        RecordError: a node to keep is not in the record, or nothing is left to run.
     """
     selection = Selection()
     graph = program.graphs.get(ENV)
@@ -112,6 +112,13 @@ def select_episode(program: Program, episode: EpisodeRecord, keep: Collection[st
         selection.notes.append(
             f"train steps are left out: there is no checkpoint of episode {done} to begin them from; "
             "runtime.save_episode_interval=1 keeps one after every episode"
+        )
+    if not selection.env and not selection.trainer:
+        why = selection.notes[0] if selection.notes else f"it has {', '.join(episode.flows)}"
+        raise RecordError(
+            f"nothing of episode {episode.number} can run again from its rollouts: {why}",
+            place=str(episode.path),
+            fix="name a node; one of an evaluation with --eval",
         )
     if kept:
         selection.notes.append(f"taken from the record: {', '.join(sorted(kept))}")

@@ -94,9 +94,8 @@ class RunRecord:
         episodes = recorded_episodes(self._root)
         total = sum(path.stat().st_size for path in self._root.rglob("*") if path.is_file())
         trained = sum(1 for number in episodes if number)
-        self._recorder.note(
-            f"record: {quantity(total)}B of {trained} episode{'s' * (trained != 1)} in {self._root}"
-        )
+        of = f" of {trained} episode{'s' * (trained != 1)}" if trained else ""
+        self._recorder.note(f"record: {quantity(total)}B{of} in {self._root}")
 
     def _count(self, tap: Recording) -> None:
         self._bytes += tap.bytes

@@ -392,6 +392,50 @@ def test_what_cannot_be_done_is_said(recorded: Path, more: Any, kind: Any, messa
     assert message in str(raised.value)
 
 
+EVALUATION = (
+    SCRIPT.partition("engine = ")[0]
+    + """
+Engine(evaluator=Evaluator(eval_flow).set_dataset(["1", "2"])).learn()
+"""
+)
+ALONE = (
+    SCRIPT.partition("engine = ")[0]
+    + """
+class Rows(PolicyTrainer):
+    def build_dataset(self, prompts, is_eval=False):
+        made = [[4, 5, 6], [7, 8], [9], [5]]
+        return [{"prompt": p, "prompt_ids": torch.tensor([5, 6]), "response_ids": torch.tensor(ids),
+                 "rollout_logprobs": -torch.ones(len(ids)), "advantages": 0.5} for p, ids in zip(prompts, made)]
+
+
+learner = Rows("policy_trainer", model=tiny_pair, lr=1e-2)
+Engine(trainer=Trainer(trainer_flow)).set_dataset(list("abcd")).learn()
+"""
+)
+
+
+def test_a_run_that_only_evaluates(tmp_path: Path) -> None:
+    run = train(tmp_path, EVALUATION)
+    assert chatlearn.replay(run, node="policy", evaluation=True).is_equal
+    assert biography(run, 1, evaluation=True).prompt == "2"
+    with pytest.raises(RecordError, match="nothing of episode 0 can run again"):
+        chatlearn.replay(run, episode=0)
+    with pytest.raises(RecordError, match=r"no samples of training are recorded \(episodes: 0\)"):
+        biography(run, 1)
+
+
+def test_a_run_that_trains_on_its_dataset(tmp_path: Path) -> None:
+    run = train(
+        tmp_path, ALONE, "runtime.num_inference_per_prompt=1", "runtime.sample_per_episode=4"
+    )
+    for episode in (1, 2, 3):
+        replayed = chatlearn.replay(run, episode=episode)
+        assert replayed.is_equal
+        assert replayed.nodes[0].trains
+    life = biography(run, 5)
+    assert (life.episode, life.prompt, len(life.updates)) == (2, "b", 2)
+
+
 def test_a_file_within_the_record_is_refused(recorded: Path) -> None:
     with pytest.raises(ChatLearnError, match="a run's record is never changed"):
         chatlearn.replay(recorded, node="advantage", out=recorded / "record/x.parquet")
