@@ -150,7 +150,7 @@ def refuse_other_shapes(path: Path, name: str, then: Shapes, now: Shapes) -> Non
 
 def _other_model(path: Path, name: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"module {name!r} has another model than the checkpoint: {what}",
+        f"the checkpoint does not fit module {name!r}: {what}",
         place=str(path),
         fix="resume with the model that the run was started with, or start anew with runtime.resume=never",
     )

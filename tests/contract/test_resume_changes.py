@@ -120,7 +120,7 @@ def test_a_model_of_other_shapes_is_refused(tmp_path: Path) -> None:
     learn(tmp_path, 2)
     cause = refused(tmp_path, CheckpointError, Policy(make=lambda: torch.nn.Linear(3, 2)))
     assert cause == (
-        "module 'policy' has another model than the checkpoint: weight has shape [2, 3] instead of [2, 2]"
+        "the checkpoint does not fit module 'policy': weight has shape [2, 3] instead of [2, 2]"
     )
     cause = refused(
         tmp_path, CheckpointError, Policy(make=lambda: torch.nn.Linear(2, 2, bias=False))

@@ -253,7 +253,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     with pytest.raises(CheckpointError) as raised:
         refuse_other_shapes(Path("c"), "policy", then, now)
     assert raised.value.cause == (
-        "module 'policy' has another model than the checkpoint: new is not in the checkpoint, "
+        "the checkpoint does not fit module 'policy': new is not in the checkpoint, "
         "extra is not in the model, a has shape [3, 2] instead of [2, 3]"
     )
     refuse_other_shapes(Path("c"), "policy", then, dict(then))
