@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from chatlearn.columns import FAILED, TIMED_OUT, UID
@@ -260,10 +261,14 @@ class Pass:
 
     def _lose(self, command: Lost) -> None:
         """Take note that samples are given up, and tell the observer."""
-        assert self._flow is not None
-        groups = dict(zip(self._flow.feed.uids, self._flow.feed.groups, strict=True))
-        call, outcomes, failure = self._attempts.lose(command, groups)
+        call, outcomes, failure = self._attempts.lose(command, self._group_of)
         self._report(call, 0.0, 0, {}, outcomes, str(failure.error))
+
+    @cached_property
+    def _group_of(self) -> dict[int, int]:
+        """The prompt's number by uid."""
+        assert self._flow is not None
+        return dict(zip(self._flow.feed.uids, self._flow.feed.groups, strict=True))
 
     def _described(self, call: Call, error: ModuleError | BatchError) -> ModuleError:
         if isinstance(error, ModuleError):
