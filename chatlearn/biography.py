@@ -14,7 +14,13 @@ from chatlearn.biography_advantage import Advantage, explain_advantage
 from chatlearn.biography_response import Response, add_pieces, make_response, plain
 from chatlearn.errors import RecordError
 from chatlearn.record.nodes import ABSENT, NodeRecord
-from chatlearn.record.reading import EpisodeRecord, FlowRecord, RunRecord, describe_numbers
+from chatlearn.record.reading import (
+    EpisodeRecord,
+    FlowRecord,
+    Loss,
+    RunRecord,
+    describe_numbers,
+)
 
 
 @dataclass
@@ -69,6 +75,8 @@ class Biography:
     rewards: list[Reward] = field(default_factory=list[Reward])
     advantages: list[Advantage] = field(default_factory=list[Advantage])
     outcome: str | None = None
+    losses: dict[int, Loss] = field(default_factory=dict[int, Loss])
+    """Samples of its group, itself included, that were given up, by uid."""
     remarks: list[str] = field(default_factory=list[str])
     """Why it, or some of its tokens, did not count."""
     updates: list[Update] = field(default_factory=list[Update])
@@ -155,6 +163,9 @@ def biography(
         for node, cells in made:
             # What later nodes add to a response (log-probs, masks) counts, what they replace does not.
             _add_node(life, node, cells, sample | cells, models)
+        for advantage in life.advantages:
+            if advantage.rewards:
+                advantage.absent = [u for u in life.group if u not in advantage.rewards]
         life.prompt = sample.get(columns.PROMPT, _entered(flow, columns.PROMPT, uid))
         _explain_absence(life, flow)
     else:
@@ -168,6 +179,7 @@ def biography(
             life.updates += _updates(record.episode(number), home, uid)
         _remark_on_training(life, home)
     _remark_on_tokens(life)
+    _remark_on_equal_rewards(life, models)
     life.missing += add_pieces(life.responses, record.run, models)
     return life
 
@@ -176,6 +188,7 @@ def _place(life: Biography, flow: FlowRecord) -> None:
     group_of = dict(zip(flow.uids, flow.groups, strict=True))
     life.prompt_uid = group_of[life.uid]
     life.group = [uid for uid, group in group_of.items() if group == life.prompt_uid]
+    life.losses = {uid: flow.losses[uid] for uid in life.group if uid in flow.losses}
 
 
 def _entered(flow: FlowRecord, name: str, uid: int) -> Any:
@@ -274,15 +287,22 @@ def _updates(episode: EpisodeRecord, home: EpisodeRecord, uid: int) -> Iterator[
 
 
 def _explain_absence(life: Biography, flow: FlowRecord) -> None:
-    """Say which node dropped the sample, or failed on it."""
+    """Say which node dropped the sample or failed on it, and what took its group along."""
     for node in flow.nodes:
-        went_in = [u for u in life.group if u in node.row_of]
-        if life.uid in node.row_of and life.uid not in node.came_out and node.output_names:
-            life.remarks.append(f"{node.name} dropped it, or failed on it")
-        elif life.uid not in node.row_of and went_in:
-            life.remarks.append(
-                f"{node.name} has no record of it: it failed there, or was dropped before"
-            )
+        came_in, came_out = life.uid in node.row_of, life.uid in node.came_out
+        if came_in and not came_out and node.output_names and life.uid not in life.losses:
+            life.remarks.append(f"{node.name} dropped it")
+    if (own := life.losses.get(life.uid)) is not None:
+        life.outcome = own.outcome
+        life.remarks.append(f"no later node of {flow.name} got it")
+    culprits = [loss for loss in life.losses.values() if loss.drops_group]
+    if culprits:
+        first = culprits[0]
+        others = "".join(f", and uid {loss.uid} ({loss.node})" for loss in culprits[1:])
+        happened = first.outcome.replace("_", " ")
+        life.remarks.append(
+            f"its group left training because uid {first.uid} {happened} ({first.node}){others}"
+        )
 
 
 def _remark_on_training(life: Biography, home: EpisodeRecord) -> None:
@@ -291,19 +311,22 @@ def _remark_on_training(life: Biography, home: EpisodeRecord) -> None:
         return
     flow = home.flow("trainer_flow")
     if life.uid not in flow.delivered_uids:
-        life.remarks.append("it was not delivered to the trainer in its episode")
+        if not any(loss.drops_group for loss in life.losses.values()):
+            life.remarks.append("it was not delivered to the trainer in its episode")
     elif not life.updates:
         life.remarks.append("no update took it: it was left over (runtime.incomplete_step)")
     else:
         row = flow.positions[flow.delivered_uids.index(life.uid)]
         outcome = flow.batch_cells(columns.OUTCOME)[row] if flow.batch.rows else ABSENT
         life.outcome = str(outcome) if outcome is not ABSENT else life.outcome
-    if life.updates and not any(update.ratio for update in life.updates):
+    is_lost = life.uid in life.losses
+    if life.updates and not is_lost and not any(update.ratio for update in life.updates):
         life.missing.append("ratio and clip per token: the trainer does not report them")
 
 
 def _remark_on_tokens(life: Biography) -> None:
-    if life.outcome in (columns.FAILED, columns.TIMED_OUT):
+    has_left = any(loss.drops_group for loss in life.losses.values())
+    if life.outcome in (columns.FAILED, columns.TIMED_OUT) and not has_left:
         life.remarks.append(f"none of its tokens is trained on: its outcome is {life.outcome}")
     for response in life.responses:
         mask = response.per_token.get(columns.LOSS_MASK)
@@ -312,8 +335,18 @@ def _remark_on_tokens(life: Biography) -> None:
             life.remarks.append(
                 f"loss_mask of {response.node} leaves {kept} of {len(mask)} tokens to train on"
             )
+
+
+def _remark_on_equal_rewards(life: Biography, models: Mapping[str, Any]) -> None:
+    trainers = {update.node.rpartition(".")[0] for update in life.updates}
+    terms = [
+        text
+        for name, text in (("kl_coef", "the KL term"), ("entropy_coef", "the entropy term"))
+        if any(models.get(trainer, {}).get(name) for trainer in trainers)
+    ]
+    taught = f"it teaches only through {' and '.join(terms)}" if terms else "it teaches nothing"
     for advantage in life.advantages:
         if advantage.is_flat:
             life.remarks.append(
-                f"{advantage.node}: all rewards of the group are equal, so it teaches nothing"
+                f"{advantage.node}: all rewards of the group are equal, so {taught}"
             )

@@ -27,6 +27,8 @@ class Advantage:
     result: Any
     rewards: dict[int, float] = field(default_factory=dict[int, float])
     """Of the samples that it was compared with, itself included, by uid; empty where the module is not ours."""
+    absent: list[int] = field(default_factory=list[int])
+    """Samples of its group that the node did not get."""
     mean: float = math.nan
     """Of the group."""
     std: float = math.nan

@@ -51,7 +51,9 @@ def print_biography(life: Biography, console: Console, *, all_tokens: bool = Fal
     console.print(Text(f"{kind} {life.uid}", style="bold"))
     _line(console, "made in" if not life.is_evaluation else "made", when)
     _line(console, "prompt", f"uid {life.prompt_uid}, {siblings}")
-    if life.outcome is not None:
+    if (loss := life.losses.get(life.uid)) is not None:
+        _line(console, "outcome", f"{loss.what}: {loss.cause}")
+    elif life.outcome is not None:
         _line(console, "outcome", life.outcome)
     _heading(console, "prompt")
     for line in _prompt_lines(life.prompt):
@@ -74,7 +76,7 @@ def print_biography(life: Biography, console: Console, *, all_tokens: bool = Fal
     if life.advantages:
         _heading(console, "advantage")
     for advantage in life.advantages:
-        _print_advantage(advantage, life.uid, console)
+        _print_advantage(advantage, life, console)
     _print_updates(life, console)
     for title, lines in (("remarks", life.remarks), ("not recorded", life.missing)):
         if lines:
@@ -174,7 +176,7 @@ def _ratio(update: Update, token: int) -> str:
     return f"{ratio:.4f}{held}"
 
 
-def _print_advantage(advantage: Advantage, uid: int, console: Console) -> None:
+def _print_advantage(advantage: Advantage, life: Biography, console: Console) -> None:
     result = _value(advantage.result)
     console.print(Text(f"  {advantage.node}: {advantage.column} = {result}"))
     if advantage.computed is None:
@@ -184,12 +186,15 @@ def _print_advantage(advantage: Advantage, uid: int, console: Console) -> None:
         return
     rewards = ", ".join(f"{other}: {_value(value)}" for other, value in advantage.rewards.items())
     console.print(Text(f"    rewards of the group, by uid: {rewards}"))
+    for absent in advantage.absent:
+        why = life.losses[absent].what if absent in life.losses else "it did not get there"
+        console.print(Text(f"    without uid {absent}: {why}"))
     if len(advantage.rewards) == 1:
         console.print(Text("    a group of one has nothing to compare with and keeps its reward"))
     elif advantage.is_flat:
         console.print(Text("    all of them are equal: 0"))
     else:
-        own, size = advantage.rewards[uid], len(advantage.rewards)
+        own, size = advantage.rewards[life.uid], len(advantage.rewards)
         text = f"({_value(own)} - mean {_value(advantage.mean)})"
         if advantage.leave_one_out:
             text += f" x {size}/{size - 1} (compared with the others only)"

@@ -267,6 +267,17 @@ class _Watch:
         again = Again(self._uids, came_out, step, kept, dict(metrics), made)
         self._made.setdefault(node.name, []).append(again)
 
+    def lost(
+        self,
+        flow: str,
+        node: Node,
+        outcomes: Mapping[int, str],
+        cause: str,
+        *,
+        drops_groups: bool,
+    ) -> None:
+        """Take note of nothing: what no longer comes out is found by comparing."""
+
     def delivered(self, flow: str, uids: Sequence[int], samples: Batch) -> None:
         """Keep what leaves the flow, for replay's choice."""
         for i, uid in enumerate(uids):

@@ -77,6 +77,8 @@ class FlowWriter:
         self._delivered_uids: list[int | None] = []
         self._delivered_columns: set[str] = set()
         self._is_given = False
+        self._losses: dict[int, dict[str, Any]] = {}
+        """Of the samples that were given up, by uid; of several nodes that gave one up, the first."""
 
     def goes_on(self, feed: Feed) -> None:
         """Take samples of a further feed, with other uids: the next dataset of an evaluation."""
@@ -133,6 +135,20 @@ class FlowWriter:
         if output and output[0] and call.step is None:
             self._returned[node.index].update(dict.fromkeys(came_out, call.id))
         table.add(entry, self._meta(len(table.calls), call, entry, entered))
+
+    def lost(
+        self, node: Node, outcomes: Mapping[int, str], cause: str, *, drops_groups: bool
+    ) -> None:
+        """Keep why samples were given up: the first line of it, for the rest stands in the log."""
+        line = cause.strip().partition("\n")[0]
+        for uid, outcome in outcomes.items():
+            loss = {
+                "node": node.name,
+                "outcome": outcome,
+                "cause": line,
+                "drops_group": drops_groups,
+            }
+            self._losses.setdefault(uid, {"uid": uid, **loss})
 
     def _meta(
         self, number: int, call: Call, entry: CallEntry, entered: _Entered
@@ -325,6 +341,7 @@ class FlowWriter:
             "is_given": self._is_given,
             "uids": self._uids,
             "groups": self._groups,
+            "losses": list(self._losses.values()),
             "nodes": [
                 {
                     "name": node.name,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -118,6 +119,26 @@ class EpisodeRecord:
         return [node for name in names for node in self.flow(name).nodes]
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Why a sample was given up."""
+
+    uid: int
+    node: str
+    """The node that failed on it; of several the first."""
+    outcome: str
+    """`failed` or `timed_out`."""
+    cause: str
+    """The first line of the error."""
+    drops_group: bool
+    """Whether its group went with it."""
+
+    @property
+    def what(self) -> str:
+        """What happened, where: `failed in reward.forward_step`."""
+        return f"{self.outcome.replace('_', ' ')} in {self.node}"
+
+
 class FlowRecord:
     """One recorded flow."""
 
@@ -131,6 +152,8 @@ class FlowRecord:
         self.groups: list[int] = self.meta["groups"]
         self.outputs: list[int] = self.meta["outputs"]
         """Numbers of the nodes that it returns."""
+        self.losses = {int(loss["uid"]): Loss(**loss) for loss in self.meta["losses"]}
+        """The samples that were given up, by uid."""
         self.is_given = bool(self.meta["is_given"])
         """Of a trainer flow: whether it trained on a dataset or on replay's choice, not on what a flow delivered."""
         self.batch = Table(folder / BATCH)

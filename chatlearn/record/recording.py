@@ -259,6 +259,18 @@ class Recording:
             batches = output if isinstance(output, list) else [output] if output else []
             self._flows[flow].returned(node, call, batches, metrics)
 
+    def lost(
+        self,
+        flow: str,
+        node: Node,
+        outcomes: Mapping[int, str],
+        cause: str,
+        *,
+        drops_groups: bool,
+    ) -> None:
+        """Take note of samples that were given up."""
+        self._flows[flow].lost(node, outcomes, cause, drops_groups=drops_groups)
+
     def delivered(self, flow: str, uids: Sequence[int], samples: Batch) -> None:
         """Take note of what a trainer flow gets."""
         if self._receiver is not None:

@@ -262,6 +262,11 @@ class Pass:
     def _lose(self, command: Lost) -> None:
         """Take note that samples are given up, and tell the observer."""
         call, outcomes, failure = self._attempts.lose(command, self._group_of)
+        if self._tap is not None:
+            by_uid = {uid: failure.outcome_of(uid) for uid in command.uids}
+            graph, drops = self._flow.graph, call.node.recovery.fate == "drop_group"
+            node = graph.nodes[call.node.index]
+            self._tap.lost(graph.name, node, by_uid, str(failure.error), drops_groups=drops)
         self._report(call, 0.0, 0, {}, outcomes, str(failure.error))
 
     @cached_property

@@ -123,6 +123,21 @@ class Tap(Protocol):
         """
         ...
 
+    def lost(
+        self,
+        flow: str,
+        node: Node,
+        outcomes: Mapping[int, str],
+        cause: str,
+        *,
+        drops_groups: bool,
+    ) -> None:
+        """Take note of samples that are given up: what became of each, by uid, and why.
+
+        `drops_groups` says whether their groups go with them.
+        """
+        ...
+
     def delivered(self, flow: str, uids: Sequence[int], samples: Batch) -> None:
         """Look at samples that leave a flow for the trainer, in order, as the trainer's positions count them."""
         ...

@@ -648,9 +648,50 @@ def test_a_lost_sample_says_where_it_was_lost(tmp_path: Path) -> None:
     assert lost
     life = biography(run, lost[0])
     assert life.outcome == "failed"
-    assert any("reward.forward_step" in remark for remark in life.remarks)
-    assert "none of its tokens is trained on: its outcome is failed" in life.remarks
+    loss = life.losses[lost[0]]
+    assert (loss.what, loss.drops_group) == ("failed in reward.forward_step", False)
+    assert "'brevity'" in loss.cause
+    assert life.remarks == [
+        "no later node of env_flow got it",
+        "none of its tokens is trained on: its outcome is failed",
+    ]
+    assert life.updates
     assert sum(update.trained for update in life.updates) == 0
+    assert not life.missing
+    sibling = next(uid for uid in life.group if uid not in lost)
+    (advantage,) = biography(run, sibling).advantages
+    assert advantage.absent == [uid for uid in life.group if uid in lost]
+    assert advantage.agrees
+
+
+def test_a_dropped_group_names_the_sample_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, changes = SHAPES["dropped groups"]
+    ((old, new),) = changes.items()
+    run = train(tmp_path, SCRIPT.replace(old, new), *arguments)
+    for uid in (1, 2):  # a sibling of it, and itself
+        life = biography(run, uid)
+        why = "its group left training because uid 2 failed (reward.forward_step)"
+        assert why in life.remarks
+        assert not any("dropped it" in r or "not delivered" in r for r in life.remarks)
+    with pytest.raises(SystemExit):
+        main(["why", str(run), "2"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "outcome failed in reward.forward_step: reward function 'brevity' raised" in shown
+
+
+def test_equal_rewards_still_teach_through_a_kl_term(tmp_path: Path) -> None:
+    same = SCRIPT.replace('sum(c in "aeiou" for c in text)', "1").replace("-0.1 * len(text)", "0.0")
+    for coefficient, taught in (
+        (0.01, "it teaches only through the KL term"),
+        (0, "it teaches nothing"),
+    ):
+        settings = [f"models.policy_trainer.kl_coef={coefficient}", "runtime.num_episode=1"]
+        life = biography(train(tmp_path / str(coefficient), same, *settings), 1)
+        assert life.remarks == [
+            f"advantage.forward_step: all rewards of the group are equal, so {taught}"
+        ]
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
