@@ -43,6 +43,8 @@ class ModuleState:
     """What the current call has logged."""
     failure: str = ""
     """Why the current call marks samples as failed in its `outcome` column."""
+    recorded: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """What the current train step tells the run's record per micro-batch, columns of it; no flow sees them."""
     turn: int = 0
     """Which call of its method in the flow the current one is: part of the key of a sample's random numbers."""
     own_columns: frozenset[str] = frozenset()

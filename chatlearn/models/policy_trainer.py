@@ -15,7 +15,7 @@ from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError, ConfigError
 from chatlearn.flow.declaration import Declaration, Need
-from chatlearn.module import BaseModule
+from chatlearn.module import BaseModule, state_of
 from chatlearn.training.description import described
 from chatlearn.training.loading import (
     Device,
@@ -175,6 +175,7 @@ class PolicyTrainer(BaseModule):
             | columns.kinds_of(columns.POLICY_VERSION, columns.OUTCOME),
             writes=(),
             would_read={} if has_kl else {columns.REF_LOGPROBS: "kl_coef above 0"},
+            trains=True,
         )
 
     def setup(self) -> None:
@@ -209,14 +210,12 @@ class PolicyTrainer(BaseModule):
 
     def train_step(
         self, data: Sequence[Mapping[str, Any]] | Mapping[str, Any], iteration: int = 0
-    ) -> list[dict[str, Any]] | None:
+    ) -> None:
         """Update the weights once on one global batch: a list of micro-batches, or one batch.
 
         How the batch comes cut does not matter: it is merged and cut anew by
-        `max_tokens_per_micro_batch`.
-
-        Returns:
-            While a run is recorded, `ratio`, `clipped` and `loss_weight` per micro-batch.
+        `max_tokens_per_micro_batch`. While a run is recorded, its record gets `ratio`, `clipped`
+        and `loss_weight` of every sample.
 
         Raises:
             BatchError: no samples, a missing column, or one with wrong lengths or numbers that are
@@ -230,9 +229,10 @@ class PolicyTrainer(BaseModule):
         assert self.optimiser is not None, "setup() runs before any step"
         given = [data] if isinstance(data, Mapping) else data
         batches = without_lost(given)
+        state_of(self).recorded = []
         if not any(map(_count, batches)) and any(map(_count, given)):
             self.log(trained_tokens=0.0)  # all of them were lost
-            return None
+            return
         samples = merge_samples(batches, module=self.name, needs_ref=self.config.kl_coef > 0)
         if self._moved_since_sampling(samples) and not samples.has_own_logprobs:
             # What differs now is what training has done, and no mismatch.
@@ -242,7 +242,8 @@ class PolicyTrainer(BaseModule):
         if self.optimiser.skipped:
             report["skipped_updates"] = float(self.optimiser.skipped)
         self.log(**report)
-        return None if log is None else log.columns(given)
+        if log is not None:
+            state_of(self).recorded = log.columns(given)
 
     def forward_step(self, data: dict[str, Any]) -> dict[str, Any]:
         """Add `old_logprobs`: the current weights' log-probs of the responses, ragged float32

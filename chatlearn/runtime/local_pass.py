@@ -29,10 +29,10 @@ from chatlearn.runtime.protocol import (
 )
 from chatlearn.runtime.returned import (
     marks_of,
+    recorded_step_output,
     returned_numbers,
     sample_output,
     step_output,
-    untaken_step_output,
     without_rows,
 )
 from chatlearn.runtime.scheduler import Iterations, Samples, Scheduler
@@ -262,7 +262,7 @@ class Pass:
     def _lose(self, command: Lost) -> None:
         """Take note that samples are given up, and tell the observer."""
         call, outcomes, failure = self._attempts.lose(command, self._group_of)
-        if self._tap is not None:
+        if self._tap is not None and self._flow is not None:
             by_uid = {uid: failure.outcome_of(uid) for uid in command.uids}
             graph, drops = self._flow.graph, call.node.recovery.fate == "drop_group"
             node = graph.nodes[call.node.index]
@@ -306,7 +306,8 @@ class Pass:
             self._step_outputs.put(call.id, parts, len(parts) * takers)
         metrics = {**result.metrics, **returned_numbers(result.value)}
         if self._tap is not None:
-            parts = parts or untaken_step_output(result.value, sizes)
+            state = state_of(self._worker(call).module)
+            parts = recorded_step_output(parts or result.value, sizes, state)
             self._tap.returned(self._trainer.graph.name, node, call, parts, metrics)
         self._report(call, result.seconds, samples, metrics)
         return Finished(call.id, seconds=result.seconds)

@@ -11,6 +11,7 @@ from torch import Tensor
 from chatlearn.columns import CUT, FAILED, OUTCOME, TIMED_OUT, UID
 from chatlearn.errors import BatchError
 from chatlearn.flow.batching import Batch, isolate, normalise, numbers, select, size
+from chatlearn.module import ModuleState
 from chatlearn.runtime.protocol import Call
 
 
@@ -41,12 +42,19 @@ def step_output(value: Any, sizes: Sequence[int], place: str) -> list[Batch]:
     return batches
 
 
-def untaken_step_output(value: Any, sizes: Sequence[int]) -> list[Batch]:
-    """A trainer node's output that no other node takes: batches of samples if that is what it is, else nothing."""
+def recorded_step_output(value: Any, sizes: Sequence[int], state: ModuleState) -> list[Batch]:
+    """A trainer node's output for the record: batches of samples, if it returned any, and what it told besides.
+
+    What the step told the record, `state` lets go of.
+    """
+    told, state.recorded = state.recorded, []
     try:
-        return step_output(value, sizes, "")
+        parts = step_output(value, sizes, "")
     except BatchError:  # where nobody takes it, a step may return what it likes
-        return []
+        parts = []
+    if not told:
+        return parts
+    return [{**more, **part} for part, more in zip(parts or [{} for _ in told], told, strict=True)]
 
 
 def sample_output(call: Call, value: object, place: str) -> tuple[Batch, tuple[int, ...] | None]:

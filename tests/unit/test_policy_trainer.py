@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import chatlearn
 from chatlearn.errors import BatchError, ConfigError
 from chatlearn.models import PolicyTrainer
 from chatlearn.module import state_of
@@ -22,6 +23,14 @@ def make(**settings):
     trainer = PolicyTrainer("policy_trainer", **settings)
     trainer.setup()
     return trainer
+
+
+def test_recording_changes_nothing_of_what_a_step_returns():
+    chatlearn.init({"runtime": {"record": True}})
+    trainer = make()
+    assert trainer.train_step([batch(3), batch(1)]) is None
+    told = state_of(trainer).recorded
+    assert [len(part["ratio"]) for part in told] == [3, 1]
 
 
 def batch(samples=4, seed=0):
