@@ -227,7 +227,7 @@ class _Trial:
             raise _NotLearnedError(why) from error
         except MissingColumnError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _NotLearnedError(f"it raised {type(error).__name__}: {error}") from error
 
     def _copy(self, module: BaseModule) -> BaseModule:

@@ -9,8 +9,9 @@
                             process ends
     elsewhere, on Windows   the call runs in a thread of its own, which is given up (it goes on, unheard)
 
-`DeadlinePassed` is no `Exception`, so that an `except Exception: pass` in the step does not swallow it. The signal
-raises only below the frame that called the step: never in the engine's own code, however late it comes.
+`DeadlinePassed` is no `Exception`, so that an `except Exception: pass` in the step does not swallow it. A step whose
+`except:` does swallow it has still taken too long: whatever it returns or raises then (but for a Ctrl-C) is not used.
+The signal raises only below the frame that called the step: never in the engine's own code, however late it comes.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator
-from types import FrameType, FunctionType
+from collections.abc import Awaitable, Callable, Generator
+from types import CodeType, FrameType, FunctionType
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -38,10 +39,12 @@ _STDERR: Final = 2
 class DeadlinePassed(BaseException):
     """Ends the step that `deadline` bounds, which was at `place`; the worker makes a `DeadlineError` of it."""
 
-    def __init__(self, deadline: Deadline, place: str) -> None:
+    def __init__(self, deadline: Deadline, place: str, *, was_caught: bool = False) -> None:
         super().__init__(deadline, place)
         self.deadline = deadline
         self.place = place
+        self.was_caught = was_caught
+        """Whether the step caught what was to end it, and went on to its end."""
 
 
 def _run(function: Callable[[], Any]) -> Any:
@@ -69,6 +72,8 @@ class Deadline:
         """`_run` under a name of its own, by which its frame is known, to people too."""
         self._outer: Deadline | None = None
         """Of the step inside which the call is made, if there is one."""
+        self._hit = ""
+        """Where the call was when it was interrupted last; empty if it was not."""
 
     @property
     def left(self) -> float:
@@ -91,7 +96,17 @@ class Deadline:
         if not is_main or sys.platform == "win32":
             return self._run_beside(function)
         with self._timed():
-            return self._guarded(function)
+            try:
+                value = self._guarded(function)
+            except (KeyboardInterrupt, DeadlinePassed):
+                raise
+            except BaseException as error:
+                if self._hit:
+                    raise DeadlinePassed(self, self._hit, was_caught=True) from error
+                raise
+        if self._hit:
+            raise DeadlinePassed(self, self._hit, was_caught=True)
+        return value
 
     # ---- in the main thread -----------------------------------------------------------------------------------------
 
@@ -145,7 +160,8 @@ class Deadline:
         caller = frame.f_back
         while caller is not None:
             if caller.f_code is self._guarded.__code__:
-                raise DeadlinePassed(self, _place(frame, frame.f_lineno))
+                self._hit = _place(frame, frame.f_lineno)
+                raise DeadlinePassed(self, self._hit)
             caller = caller.f_back
 
     # ---- elsewhere -------------------------------------------------------------------------------------------------
@@ -175,8 +191,20 @@ class Deadline:
         return value  # type: ignore[return-value]
 
 
-def cancelled(deadline: Deadline, error: BaseException) -> DeadlinePassed:
-    """Return what ends a step whose coroutine was cancelled, `error` being what the cancelling raised in the end."""
+def cancelled(
+    deadline: Deadline, awaitable: Awaitable[Any], error: BaseException | None
+) -> DeadlinePassed:
+    """Return what ends a step whose coroutine was cancelled.
+
+    Args:
+        deadline: of the step.
+        awaitable: what was cancelled.
+        error: what came of it: a `TimeoutError`; anything else, or None if it returned, where it caught the cancelling.
+    """
+    if not isinstance(error, TimeoutError):
+        code: CodeType | None = getattr(awaitable, "cr_code", None)
+        place = f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}" if code else ""
+        return DeadlinePassed(deadline, place, was_caught=True)
     while error.__cause__ is not None:
         error = error.__cause__
     last = list(traceback.walk_tb(error.__traceback__))[-1]

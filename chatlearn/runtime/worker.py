@@ -86,11 +86,16 @@ async def _result_of(awaitable: Awaitable[Any], deadline: Deadline | None) -> An
     timer = asyncio.timeout(deadline.leave_to_loop())
     try:
         async with timer:
-            return await awaitable
-    except TimeoutError as error:
+            value = await awaitable
+    except (KeyboardInterrupt, GeneratorExit, DeadlinePassed):
+        raise
+    except BaseException as error:
         if timer.expired():
-            raise cancelled(deadline, error) from error
+            raise cancelled(deadline, awaitable, error) from error
         raise  # the step's own
+    if timer.expired():
+        raise cancelled(deadline, awaitable, None)
+    return value
 
 
 class Worker:
@@ -201,7 +206,11 @@ class Worker:
                 raise
             state_of(self.module).metrics.clear()
             raise self._too_late(method, passed, where) from passed
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except (
+            BaseException
+        ) as error:  # a `sys.exit()` in a step must not pass for the end of the script
             state_of(self.module).metrics.clear()
             raise self._error(method, error, where) from error
         logged = state_of(self.module).metrics
@@ -209,15 +218,18 @@ class Worker:
         logged.clear()
         return Result(value, metrics, time.perf_counter() - start)
 
-    def _error(self, method: str, error: Exception, where: Where) -> ModuleError:
+    def _error(self, method: str, error: BaseException, where: Where) -> ModuleError:
         text = str(error) if isinstance(error, ChatLearnError) else _describe(error)
         return ModuleError(f"{text}\n{self.describe_call(method, where)}")
 
     def _too_late(self, method: str, passed: DeadlinePassed, where: Where) -> DeadlineError:
         key = f"models.{self.module.name}.timeout_s"
+        caught = ""
+        if passed.was_caught:
+            caught = "  it caught what was to end it, so what it did then is not used: write `except Exception:`\n"
         return DeadlineError(
             f"{self.module.name}.{method} took longer than {key}={passed.deadline.seconds:g} seconds\n"
-            f"  it was at: {passed.place}\n{self.describe_call(method, where)}"
+            f"  it was at: {passed.place}\n{caught}{self.describe_call(method, where)}"
         )
 
     def describe_call(self, method: str, where: Where) -> str:
@@ -233,7 +245,7 @@ class Worker:
         return "\n".join(lines)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - an exception that cannot be printed must not hide where it came from

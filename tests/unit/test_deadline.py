@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import signal
 import subprocess
@@ -66,6 +67,38 @@ class Hanging(BaseModule):
     async def blocks_its_loop(self, data: Any) -> None:
         time.sleep(LONG_S)  # noqa: ASYNC251 - a mistake that steps make
 
+    def answers_nevertheless(self, data: Any) -> float:
+        try:
+            time.sleep(LONG_S)
+        except:  # noqa: E722 - as people write it
+            return 0.0
+        return 1.0
+
+    def raises_something_else(self, data: Any) -> None:
+        try:
+            time.sleep(LONG_S)
+        except BaseException as error:
+            raise ValueError("no such answer") from error
+
+    def exits(self, data: Any) -> None:
+        try:
+            time.sleep(LONG_S)
+        except BaseException:
+            sys.exit(0)
+
+    async def answers_when_cancelled(self, data: Any) -> float:
+        try:
+            await asyncio.sleep(LONG_S)
+        except:  # noqa: E722 - as people write it
+            return 0.0
+        return 1.0
+
+    async def raises_when_cancelled(self, data: Any) -> None:
+        try:
+            await asyncio.sleep(LONG_S)
+        except asyncio.CancelledError as error:
+            raise ValueError("no such answer") from error
+
     async def cannot_be_cancelled(self, data: Any) -> None:
         while True:
             try:
@@ -99,6 +132,13 @@ def step(using: Worker, method: str) -> Any:
 
 
 WAYS = [name for name in vars(Hanging) if not name.startswith(("_", "return", "raises", "reached"))]
+CAUGHT = [
+    "answers_nevertheless",
+    "raises_something_else",
+    "exits",
+    "answers_when_cancelled",
+    "raises_when_cancelled",
+]
 
 
 @pytest.mark.parametrize("method", WAYS)
@@ -111,6 +151,8 @@ def test_every_way_to_hang_ends(method: str) -> None:
     lines = str(raised.value).splitlines()
     assert lines[0].endswith("timeout_s=0.1 seconds")
     assert re.fullmatch(r"  it was at: .+:\d+ in \w+", lines[1])
+    if method in CAUGHT:
+        assert lines.pop(2).startswith("  it caught what was to end it, so what it did then is not")
     assert lines[2:] == [
         "  module: judge (Hanging)",
         f"  method: {method}",
@@ -177,6 +219,25 @@ def test_ctrl_c_still_works() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("method", ["at_last", "a_coroutine_at_last"])
+def test_ctrl_c_after_a_deadline_that_was_caught_is_still_one(method: str) -> None:
+    class Interrupted(BaseModule):
+        def at_last(self, data: Any) -> None:
+            with contextlib.suppress(BaseException):
+                time.sleep(LONG_S)
+            raise KeyboardInterrupt
+
+        async def a_coroutine_at_last(self, data: Any) -> None:
+            with contextlib.suppress(BaseException):
+                await asyncio.sleep(LONG_S)
+            raise KeyboardInterrupt
+
+    using = Worker(Interrupted("m", timeout_s=TIMEOUT_S), EventLoop())
+    with pytest.raises(KeyboardInterrupt):
+        step(using, method)
+    using._loop.close()
+
+
 def test_the_outer_deadline_holds_inside_the_inner_one() -> None:
     from chatlearn.runtime.deadline import DeadlinePassed
 
@@ -188,6 +249,15 @@ def test_the_outer_deadline_holds_inside_the_inner_one() -> None:
     with pytest.raises(DeadlinePassed) as raised:
         outer.run(lambda: inner.run(lambda: time.sleep(LONG_S)))
     assert raised.value.deadline is inner
+
+    def swallow() -> None:
+        with contextlib.suppress(BaseException):
+            time.sleep(LONG_S)
+
+    outer, inner = Deadline(0.1, "outer"), Deadline(LONG_S, "inner")
+    with pytest.raises(DeadlinePassed) as raised:
+        outer.run(lambda: inner.run(swallow))
+    assert raised.value.deadline is outer
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:
@@ -224,26 +294,46 @@ def test_errors_pass_from_the_thread_beside() -> None:
 
 
 STUCK = """
+import sys
 import itertools
 from chatlearn import BaseModule
 from chatlearn.runtime import deadline
 from chatlearn.runtime.worker import EventLoop, Where, Worker
 
-deadline.GRACE_S = 0.2
+deadline.GRACE_S = float(sys.argv[2])
 
 class Judge(BaseModule):
     def forward_step(self, data):
-        sum(itertools.repeat(1))  # C code that never comes back and never looks for signals
+        if sys.argv[1] == "C":
+            sum(itertools.repeat(1))  # C code that never comes back and never looks for signals
+        hits = 0
+        while hits < 1000:
+            try:
+                while True:
+                    len("")
+            except:
+                hits += 1
+                print("hit", flush=True)
 
 worker = Worker(Judge("judge", timeout_s=0.1), EventLoop())
 worker.step("forward_step", {}, 0, {}, Where(1, [4, 5]))
 """
 
 
+def end_of(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", STUCK, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
 def test_a_call_stuck_in_c_code_ends_the_process_and_is_named() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = end_of("C", "0.2")
     assert done.returncode == 1
     assert "in judge.forward_step, replica 0, uid 4, 5 (2 in all)" in done.stderr
-    assert ", line 11 in forward_step" in done.stderr
+    assert ", line 13 in forward_step" in done.stderr
+
+
+def test_a_loop_that_catches_all_is_hit_again_and_ends_with_the_process() -> None:
+    done = end_of("loop", "2.5")
+    assert done.returncode == 1
+    assert done.stdout.count("hit") > 1
+    assert "in judge.forward_step, replica 0, uid 4, 5 (2 in all)" in done.stderr

@@ -85,6 +85,39 @@ def test_errors_end_with_everything() -> None:
     assert str(again) == str(raised.value)
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit(3), asyncio.CancelledError()])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_leaving_the_script_from_a_step_or_hook_is_an_error(
+    error: BaseException, is_async: bool
+) -> None:
+    class Leaves(BaseModule):
+        def forward_step(self, data: Any) -> Any:
+            return self.later() if is_async else self.setup()
+
+        def setup(self) -> None:
+            raise error
+
+        async def later(self) -> None:
+            raise error
+
+    using = worker(Leaves("judge"))
+    with pytest.raises(ModuleError) as raised:
+        using.step("forward_step", {}, 0, {}, Where(2, [7]))
+    lines = str(raised.value).splitlines()
+    assert lines[0] == f"{type(error).__name__}: {error}"
+    assert lines[1:] == [
+        "  module: judge (Leaves)",
+        "  method: forward_step",
+        "  replica: 0",
+        "  episode: 2",
+        "  samples: uid 7",
+    ]
+    assert isinstance(raised.value.__cause__, type(error))
+    with pytest.raises(ModuleError, match="method: setup"):
+        using.hook("setup")
+    using._loop.close()
+
+
 def test_an_exception_that_cannot_be_printed_is_still_placed() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
