@@ -15,7 +15,7 @@ from chatlearn.config import given_on_command_line
 from chatlearn.observability.numbers import quantity
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
-from chatlearn.record.recording import Recording, recorded_episodes, rewind
+from chatlearn.record.recording import Recording, recorded_episodes, rewind, tidy
 from chatlearn.stage import Stage
 
 
@@ -38,6 +38,8 @@ class RunRecord:
         self._seconds = 0.0
         self._root = recorder.folder.path / "record"
         rewind(self._root, done)
+        if recorder.folder.moved_to is not None:
+            tidy(recorder.folder.moved_to / "record")
         runtime = program.config.runtime
         if runtime.record:
             self.tap = Recording(

@@ -38,7 +38,7 @@ class RunRecord:
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(run)
-        self.root = self.run / "record"
+        self.root = self.run.resolve() / "record"  # a replay works in another folder
         if not self.run.is_dir():
             raise RecordError(
                 f"there is no run folder {self.run}", fix="give the `runtime.output_dir` of a run"

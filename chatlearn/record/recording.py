@@ -30,6 +30,7 @@ from typing import Any, Final, cast
 
 import torch
 
+from chatlearn.checkpoint.files import write_values
 from chatlearn.errors import OutputError, os_error_behind, write_failure
 from chatlearn.flow.batching import Batch
 from chatlearn.flow.graph import Node
@@ -58,12 +59,15 @@ def recorded_episodes(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def rewind(root: Path, done: int) -> None:
-    """Drop the record of episodes after `done`, which a resumed run runs again, and what a crash left half-written."""
-    if not root.is_dir():
-        return
+def tidy(root: Path) -> None:
+    """Drop what a crash left half-written or half-deleted."""
     for leftover in root.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def rewind(root: Path, done: int) -> None:
+    """Drop the record of episodes after `done`, which a resumed run runs again, and what a crash left half-written."""
+    tidy(root)
     for episode, path in recorded_episodes(root).items():
         if episode > done:
             _remove(path)
@@ -202,7 +206,7 @@ class Recording:
 
     def _write_random(self, folder: Path) -> None:
         if self._random:
-            torch.save(self._random, folder / RANDOM)
+            write_values(folder / RANDOM, self._random)
             self.bytes += (folder / RANDOM).stat().st_size
 
     def _drop_oldest(self) -> None:
@@ -316,12 +320,12 @@ def _written(root: Path, what: str) -> Generator[None]:
     """Turn what the disk says into an error that names the record."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        behind = os_error_behind(error)
-        if behind is None:
-            raise
+    except Exception as error:
         for partial in root.glob(f"{_PARTIAL}{os.getpid()}*"):
             shutil.rmtree(partial, ignore_errors=True)
+        behind = os_error_behind(error)  # libraries put errors of their own around it
+        if behind is None:
+            raise
         cause, fix = write_failure(behind)
         if behind.errno:  # pyarrow puts words of its own around it
             cause = os.strerror(behind.errno)

@@ -196,6 +196,18 @@ def test_train_steps_of_a_record_are_those_of_the_run(recorded: Path) -> None:
         assert sum(losses) / len(losses) == pytest.approx(row["policy_trainer/loss"], abs=1e-12)
 
 
+def test_a_run_may_be_named_relative_to_where_one_is(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script runs where it ran, but the record stays where it was."""
+    (recorded.parent / "elsewhere").mkdir(exist_ok=True)
+    monkeypatch.chdir(recorded.parent / "elsewhere")
+    assert chatlearn.replay("../run", episode=2).nodes[-1].trains
+    assert chatlearn.replay("../run", episode=2, node="policy_trainer").is_equal
+    with pytest.raises(RecordError, match="there are 1-3"):
+        chatlearn.replay("../run", episode=9)
+
+
 def test_only_what_is_needed_is_set_up(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from chatlearn.models import PolicyInference, PolicyReference, PolicyTrainer
 

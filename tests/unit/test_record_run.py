@@ -245,22 +245,40 @@ def test_a_full_disk_is_an_error_by_name_and_costs_no_episode(
     assert state["episode"] == 2
 
 
-def test_a_file_that_may_not_grow_is_such_an_error_too() -> None:
-    """The kernel itself refuses the write, half-way through a file."""
+def test_a_killed_run_leaves_nothing_half_written_behind_the_next_start() -> None:
+    run = learn(2)
+    (run / "record/.partial-99").mkdir()
+    learn(1)
+    assert (run / "earlier/0001/record/episode-000002").is_dir()
+    assert not list(run.rglob(".partial-*"))
+
+
+WRITERS = {
+    "random.pt": "(r.Recording, '_write_random')",
+    "a table": "(r.FlowWriter, 'write')",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_may_not_grow_is_such_an_error_too(name: str) -> None:
+    """The kernel itself refuses the write, half-way through a file: of torch, of Arrow."""
     code = (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import test_record_run as t\n"
         "from chatlearn.errors import OutputError\n"
         "import chatlearn.record.recording as r\n"
-        "keep = r.Recording.keep\n"
-        "def limited(self):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
-        "    try: keep(self)\n"
-        "    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
-        "r.Recording.keep = limited\n"
+        "def limited(write):\n"
+        "    def inner(*arguments):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (50, resource.RLIM_INFINITY))\n"
+        "        try: return write(*arguments)\n"
+        "        finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
+        "    return inner\n"
+        f"place = {WRITERS[name]}\n"
+        "setattr(*place, limited(getattr(*place)))\n"
         "try: t.learn(1)\n"
         "except OutputError as error: print('NAMED', error)\n"
+        "print('LEFT', list(t.Path('run/record').glob('.partial-*')))\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     command = [sys.executable, "-c", code]
@@ -269,6 +287,7 @@ def test_a_file_that_may_not_grow_is_such_an_error_too() -> None:
     assert "NAMED the record of episode 1 cannot be written: File too large" in done.stdout, (
         done.stderr
     )
+    assert "LEFT []" in done.stdout
     assert done.returncode == 0
 
 
