@@ -153,6 +153,9 @@ Problem = tuple[tuple[str, ...], ChatLearnError]
 
 def _node_problems(flow: Followed, node: NodeColumns) -> Iterator[Problem]:
     """Yield the problems of one node, each with what tells it from others at the same place."""
+    if node.declaration.trains and flow.graph.name != "trainer_flow":
+        yield ("trains",), _misplaced(flow, node)
+        return
     if node.seen.is_open:
         return
     missing: list[Need] = []
@@ -170,6 +173,16 @@ def _node_problems(flow: Followed, node: NodeColumns) -> Iterator[Problem]:
     for (_, fix), needs in by_fix.items():
         names = tuple(name for need in needs for name in need.columns)
         yield names, _missing(flow, node, needs, fix)
+
+
+def _misplaced(flow: Followed, node: NodeColumns) -> FlowError:
+    name, where = node.node.name, flow.graph.name
+    return FlowError(
+        f"{name} is an update on a global batch, and {where} has none: it gives one micro-batch of samples a call",
+        place=node.node.place,
+        fix=f"call it in the trainer flow, Trainer(lambda batch: {name.partition('#')[0]}(batch)), "
+        f"and return from {where} what it learns from",
+    )
 
 
 # ---- a missing column ---------------------------------------------------------------------------------------------
@@ -256,12 +269,12 @@ def _pass_on(flow: Followed, node: NodeColumns, maker: NodeColumns) -> str:
         return f"{made}: return its output from {maker.flow}, too"
     if maker.node.index > node.node.index:
         return f"{made}: call it before this step, and pass its output on"
-    if maker.node.index in _upstream(flow.graph, node.node):
+    if maker.node.index in upstream(flow.graph, node.node):
         return f"{made}, but a step between does not pass it on: return it there, or give this step both outputs"
     return f"{made}: give this step its output, too"
 
 
-def _upstream(graph: FlowGraph, node: Node) -> set[int]:
+def upstream(graph: FlowGraph, node: Node) -> set[int]:
     """Return the nodes that a node's inputs come from, directly or through others."""
     found: set[int] = set()
     ways = list(node.inputs)

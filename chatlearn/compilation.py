@@ -17,7 +17,13 @@ from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowE
 from chatlearn.flow.trace import check_names
 from chatlearn.module import call_hook, resolve_config, resolved_config
 from chatlearn.program import Executor, Program, SyncPair
-from chatlearn.program_checks import check_data, check_failures, check_placement, check_replay
+from chatlearn.program_checks import (
+    check_data,
+    check_failures,
+    check_placement,
+    check_replay,
+    warn_of_groups,
+)
 from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
 from chatlearn.ranking import check_best_metric
 from chatlearn.runtime.flow_run import FlowRun
@@ -60,6 +66,7 @@ def compile_program(
             check_placement,
             check_failures,
             check_best_metric,
+            warn_of_groups,
             note_what_is_idle,
             note_what_may_surprise,
         ):

@@ -16,7 +16,7 @@ from chatlearn.errors import (
     describe_function,
 )
 from chatlearn.module import BaseModule, resolved_config
-from chatlearn.program import Executor, Program, name_of
+from chatlearn.program import Executor, FlowWarning, Program, name_of
 
 
 def check_data(program: Program) -> None:
@@ -123,6 +123,26 @@ def check_failures(program: Program) -> None:
                     fix="take the key out, and set it on modules that stand in the environment flow alone",
                 )
             )
+
+
+def warn_of_groups(program: Program) -> None:
+    """Name steps that compare the samples of a prompt where every prompt has one sample."""
+    runtime, seen = program.config.runtime, set[int]()
+    for name, graph in program.graphs.items():
+        key = "eval_num_inference_per_prompt" if name == "eval_flow" else "num_inference_per_prompt"
+        for node in graph.nodes:
+            module = node.module
+            if module.batch_by != "group" or id(module) in seen:
+                continue
+            seen.add(id(module))  # where it trains counts, not that it is evaluated one by one, too
+            if getattr(runtime, key) == 1:
+                program.warnings.append(
+                    FlowWarning(
+                        f"{module.name} compares the samples of a prompt, but every prompt has one sample",
+                        node.place,
+                        fix=f"set runtime.{key}, e.g. to 8",
+                    )
+                )
 
 
 def check_placement(program: Program) -> None:

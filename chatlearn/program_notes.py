@@ -170,15 +170,9 @@ def _note_shared_columns(program: Program) -> None:
 
 def _note_groups(program: Program) -> None:
     runtime = program.config.runtime
-    grouped = [module for module in program.modules if module.batch_by == "group"]
-    if grouped and runtime.num_inference_per_prompt == 1:
-        program.notes.append(
-            f"{', '.join(module.name for module in grouped)} compares the samples of a prompt, but every prompt has "
-            "one sample: set runtime.num_inference_per_prompt, e.g. to 8"
-        )
     graph = program.graphs.get("env_flow")
     sampling = graph.modules if graph else []
-    for module in grouped:
+    for module in (module for module in program.modules if module.batch_by == "group"):
         size = resolved_config(module).generation_batch_size or runtime.generation_batch_size
         if module in sampling and size is not None and size < runtime.num_inference_per_prompt:
             program.notes.append(

@@ -99,6 +99,8 @@ class Declaration:
     """What its columns cost, if making them is all that it does: `a forward pass`."""
     would_read: Mapping[str, str] = field(default_factory=dict[str, str])
     """Columns that it reads under other settings only, and under which: `{"ref_logprobs": "kl_coef above 0"}`."""
+    trains: bool = False
+    """Whether it is an update on a global batch, given as a list of micro-batches: only a trainer flow gives that."""
     is_of_method: bool = True
     """Whether this was said of the method, not of all steps of a class."""
     is_learned: bool = False
@@ -116,6 +118,7 @@ class Declaration:
         passes_on: bool | None = None,
         cost: str = "",
         would_read: Mapping[str, str] | None = None,
+        trains: bool = False,
     ) -> Declaration:
         """Make a declaration of names, or of names and kinds (see `columns.KINDS`).
 
@@ -128,6 +131,7 @@ class Declaration:
             passes_on: whether it returns the columns that it got, too; None says nothing.
             cost: what making its columns costs, if it does nothing else; the checker warns if nobody reads them.
             would_read: columns that it reads under other settings only, and under which.
+            trains: whether it is an update on a global batch, so that its calls belong in the trainer flow.
 
         Raises:
             FlowError: a name is no text, or a kind is none.
@@ -141,6 +145,7 @@ class Declaration:
             passes_on=passes_on,
             cost=cost,
             would_read=would_read or {},
+            trains=trains,
         )
 
 

@@ -76,6 +76,13 @@ class Keeps(BaseModule):
         return data
 
 
+class Overridden(PolicyTrainer):
+    """A trainer whose step is one of a user's own: it may take whatever it likes."""
+
+    def train_step(self, data: Any) -> Any:
+        return data
+
+
 class Parts:
     """The usual modules, made anew for every program."""
 
@@ -374,6 +381,34 @@ def text_for_a_number() -> Wrong:
     return lambda: p.engine(env_flow), [(cause, "text", "have Verdict make number of it")]
 
 
+@wrong
+def trained_in_the_environment_flow() -> Wrong:
+    p = Parts()
+
+    def env_flow(batch: Any) -> Any:
+        scored = p.plain.forward_step(p.policy.forward_step(batch))
+        return p.learner.train_step(scored)  # line: trained early
+
+    engine = Engine(Environment(env_flow)).set_parameter_sync(p.learner, p.policy)
+    cause = "learner.train_step is an update on a global batch, and env_flow has none"
+    fix = r"call it in the trainer flow, Trainer\(lambda batch: learner.train_step\(batch\)\), and return"
+    return lambda: engine.set_dataset(ROWS), [(cause, "trained early", fix)]
+
+
+@wrong
+def trained_in_the_evaluation_flow() -> Wrong:
+    p = Parts()
+
+    def eval_flow(batch: Any) -> Any:
+        return p.learner.train_step(p.policy.eval_step(batch))  # line: trained on held-out data
+
+    evaluator = Evaluator(eval_flow).set_dataset(ROWS)
+    cause = "learner.train_step is an update on a global batch, and eval_flow has none"
+    return lambda: p.engine(lambda batch: grpo(p, batch), evaluator), [
+        (cause, "trained on held-out data", "call it in the trainer flow")
+    ]
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_flow_is_refused_at_the_users_line(name: str) -> None:
     make, expected = WRONG[name]()
@@ -440,6 +475,14 @@ RIGHT: dict[str, Callable[[], Any]] = {
             "grouped", score
         ).forward_step(grpo(p, batch))
     ),
+    "a step of a user's own that is called train_step": lambda: Engine(
+        Environment(lambda batch: Plain("plain").train_step(batch))
+    ).set_dataset(ROWS),
+    "a train step of ours that somebody changed": lambda: Engine(
+        Environment(
+            lambda batch: Overridden("learner", model=no_model).train_step(batch),
+        )
+    ).set_dataset(ROWS),
     "an evaluation alone": lambda: EvalEngine(
         lambda batch: Parts().policy.eval_step(batch)
     ).set_dataset(["1+1="]),

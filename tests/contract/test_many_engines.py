@@ -325,10 +325,20 @@ def test_two_calls_of_a_policy_draw_different_numbers():
     assert seen["first"] != seen["other"]
 
 
-def test_groups_of_one_are_noted():
+def test_groups_of_one_are_warned_of_at_their_line():
     advantage = GroupAdvantage("advantage")
     scored = [{"prompt": prompt, "rewards": 0.0} for prompt in PROMPTS]
-    engine = Engine(Environment(lambda b: advantage.forward_step(b))).set_dataset(scored)
-    assert "every prompt has one sample" in engine.check().notes[0]
+    flow = lambda b: advantage.forward_step(b)  # noqa: E731
+    engine = Engine(Environment(flow), None, Evaluator(flow)).set_dataset(scored)
+    engine.evaluator.set_dataset(scored)
+    (warning,) = engine.check().warnings
+    assert warning.cause == (
+        "advantage compares the samples of a prompt, but every prompt has one sample"
+    )
+    assert warning.place.startswith(f"{__file__}:{flow.__code__.co_firstlineno} ")
+    assert warning.fix == "set runtime.num_inference_per_prompt, e.g. to 8"
     chatlearn.init({"runtime": {"num_inference_per_prompt": 2}})
-    assert engine.check().notes == []
+    assert engine.check().warnings == []  # though evaluations sample each prompt once
+    evaluated = Evaluator(flow).set_dataset(scored)
+    (warning,) = evaluated.check().warnings
+    assert warning.fix == "set runtime.eval_num_inference_per_prompt, e.g. to 8"

@@ -36,11 +36,23 @@ def score(completions: list[str]) -> list[float]:
     return [0.0] * len(completions)
 
 
+def brevity(completions: list[str]) -> list[float]:
+    return [-float(len(text)) for text in completions]
+
+
 class Plain(BaseModule):
     def forward_step(self, data: Any) -> Any:
         return data
 
+    eval_step = forward_step
+
     def train_step(self, data: Any) -> None: ...
+
+
+class Learns(Plain):
+    """A trainer of a user's own that says nothing of its columns."""
+
+    def setup(self) -> None: ...
 
 
 class Costly(BaseModule):
@@ -75,6 +87,7 @@ class Parts:
         self.other = PolicyInference("other", model=dict)
         self.reference = PolicyReference("reference", model=dict)
         self.reward, self.second = FunctionReward("reward", score), FunctionReward("second", score)
+        self.brevity = FunctionReward("brevity", brevity)
         self.advantage = GroupAdvantage("advantage")
         self.learner = PolicyTrainer("learner", model=dict, **trainer)
         self.plain, self.costly = Plain("plain"), Costly("costly")
@@ -89,6 +102,11 @@ class Parts:
 
         engine = Engine(Environment(env_flow), Trainer(trainer_flow)).set_dataset(ROWS)
         return engine.set_parameter_sync(self.learner, self.policy if sync is None else sync)
+
+
+@pytest.fixture(autouse=True)
+def grouped() -> None:
+    chatlearn.init({"runtime": {"num_inference_per_prompt": 2}})
 
 
 def line_of(marker: str) -> int:
@@ -177,6 +195,82 @@ def replaced_where_two_branches_meet() -> tuple[Engine, str, str]:
     )
 
 
+def replaced_but_for_its_parts() -> tuple[Engine, str, str]:
+    p = Parts()
+
+    def env_flow(batch: Any) -> Any:
+        rollout = p.policy.forward_step(batch)
+        scored = p.reward.forward_step(rollout)  # line: replaced_but_for_its_parts
+        return p.advantage.forward_step(p.brevity.forward_step(scored))
+
+    learns = Learns("learns")  # may read `rewards/score`
+    engine = Engine(Environment(env_flow), Trainer(lambda batch: learns.train_step(batch)))
+    engine.set_parameter_sync(learns, p.policy).set_dataset(ROWS)
+    cause = (
+        r"columns of reward.forward_step are replaced before .*: 'rewards', by brevity.forward_step"
+    )
+    return engine, cause, "give one FunctionReward both functions, with weights, or each of the two"
+
+
+def replaced_where_two_rewards_meet() -> tuple[Engine, str, str]:
+    p = Parts()
+
+    def env_flow(batch: Any) -> Any:
+        rollout = p.policy.forward_step(batch)
+        scored = p.reward.forward_step(rollout)  # line: replaced_where_two_rewards_meet
+        return p.advantage.forward_step(scored, p.brevity.forward_step(rollout))
+
+    trainer = Trainer(lambda batch: p.learner.train_step(batch))  # returns what nobody takes
+    engine = Engine(Environment(env_flow), trainer).set_parameter_sync(p.learner, p.policy)
+    cause = (
+        r"columns of reward.forward_step are replaced .*: 'rewards', 'rewards/score', by brevity"
+    )
+    return engine.set_dataset(ROWS), cause, "both functions"
+
+
+def replaced_in_evaluation() -> tuple[Engine, str, str]:
+    p = Parts()
+
+    def eval_flow(batch: Any) -> Any:
+        rollout = p.policy.eval_step(batch)
+        scored = p.reward.eval_step(rollout)  # line: replaced_in_evaluation
+        return p.brevity.eval_step(scored)
+
+    engine = p.engine(lambda batch: p.scored(p.policy.forward_step(batch)))
+    engine.set_evaluator(Evaluator(eval_flow).set_dataset(ROWS))
+    return engine, "columns of reward.eval_step are replaced .*: 'rewards', by", "both functions"
+
+
+def evaluates_what_never_learns() -> tuple[Engine, str, str]:
+    p = Parts()
+
+    def eval_flow(batch: Any) -> Any:
+        rollout = p.other.eval_step(batch)  # line: evaluates_what_never_learns
+        return p.reward.eval_step(rollout)
+
+    engine = p.engine(lambda batch: p.scored(p.policy.forward_step(batch)))
+    engine.set_evaluator(Evaluator(eval_flow).set_multiple_datasets([ROWS, ROWS]))
+    cause = "nothing is ever synced into other: learner learns, so all evaluations measure the same"
+    return engine, cause, r"set_parameter_sync\(learner, other\), or evaluate a policy that learns"
+
+
+def samples_for_an_undeclared_trainer() -> tuple[Engine, str, str]:
+    p = Parts()
+    learns = Learns("learns")
+
+    def env_flow(batch: Any) -> Any:
+        rollout = p.policy.forward_step(batch)  # line: samples_for_an_undeclared_trainer
+        return p.scored(rollout)
+
+    engine = Engine(Environment(env_flow), Trainer(lambda batch: learns.train_step(batch)))
+    evaluator = Evaluator(lambda batch: p.policy.eval_step(batch)).set_dataset(ROWS)  # said once
+    engine.set_evaluator(evaluator)
+    cause = (
+        "nothing is ever synced into policy: learns learns, and it samples the same way for ever"
+    )
+    return engine.set_dataset(ROWS), cause, r"engine.set_parameter_sync\(learns, policy\)"
+
+
 def never_synced() -> tuple[Engine, str, str]:
     p = Parts()
 
@@ -216,6 +310,11 @@ def a_sampler_with_weights() -> tuple[Engine, str, str]:
         unread_cost_of_a_users_own,
         replaced,
         replaced_where_two_branches_meet,
+        replaced_but_for_its_parts,
+        replaced_where_two_rewards_meet,
+        replaced_in_evaluation,
+        evaluates_what_never_learns,
+        samples_for_an_undeclared_trainer,
         never_synced,
         a_sampler_with_weights,
     ],
@@ -256,6 +355,33 @@ def trains_itself(p: Parts) -> Any:
     return Engine(env, Trainer(lambda batch: both.train_step(batch))).set_dataset(ROWS)
 
 
+def reads_a_part(p: Parts) -> Any:
+    class Mixes(BaseModule):
+        @declares(reads={"rewards/score", "rewards/brevity"}, writes={"rewards"}, passes_on=True)
+        def forward_step(self, data: Any) -> Any:
+            return data
+
+    mixes = Mixes("mixes")
+
+    def env_flow(batch: Any) -> Any:
+        scored = p.reward.forward_step(p.policy.forward_step(batch))
+        return p.advantage.forward_step(mixes.forward_step(p.brevity.forward_step(scored)))
+
+    return p.engine(env_flow)
+
+
+def evaluates(p: Parts, eval_flow: Any) -> Any:
+    engine = p.engine(lambda batch: p.scored(p.policy.forward_step(batch)))
+    return engine.set_evaluator(Evaluator(eval_flow).set_dataset(ROWS))
+
+
+def judged_by_a_policy(p: Parts) -> Any:
+    """What an undeclared trainer samples by itself may be judged by a policy that never learns."""
+    learns = Learns("learns")
+    env = Environment(lambda batch: p.other.forward_step(learns.forward_step(batch)))
+    return Engine(env, Trainer(lambda batch: learns.train_step(batch))).set_dataset(ROWS)
+
+
 FINE: dict[str, Callable[[Parts], Any]] = {
     "the usual": lambda p: p.engine(lambda batch: p.scored(p.policy.forward_step(batch))),
     "a reference that is read": lambda p: (q := Parts(kl_coef=0.1)).engine(
@@ -290,6 +416,14 @@ FINE: dict[str, Callable[[Parts], Any]] = {
         Trainer(lambda batch: Saves("saves").train_step(batch)),
     ).set_dataset(ROWS),
     "trains itself": trains_itself,
+    "parts that a step asks for": reads_a_part,
+    "an evaluation with a judge": lambda p: evaluates(
+        p, lambda batch: p.other.eval_step(p.policy.eval_step(batch))
+    ),
+    "an evaluation of what nobody knows": lambda p: evaluates(
+        p, lambda batch: p.other.eval_step(p.plain.eval_step(batch))
+    ),
+    "a judge of what is trained": judged_by_a_policy,
 }
 
 
@@ -306,12 +440,13 @@ def test_a_preset_whose_reference_nobody_reads_is_named_where_it_is_made() -> No
     (warning,) = engine.set_dataset(ROWS).check().warnings
     assert warning.cause.startswith("reference.forward_step costs")
     assert warning.place.startswith(f"{__file__}:{line_of('preset')} ")
-    chatlearn.init({"models": {"learner": {"kl_coef": 0.01}}})
+    grouping = {"num_inference_per_prompt": 2}
+    chatlearn.init({"models": {"learner": {"kl_coef": 0.01}}, "runtime": grouping})
     assert engine.check().warnings == []
 
 
 def test_a_replay_sampler_may_read_anything() -> None:
-    chatlearn.init({"runtime": {"max_replay_episode": 2}})
+    chatlearn.init({"runtime": {"max_replay_episode": 2, "num_inference_per_prompt": 2}})
     p = Parts()
     engine = p.engine(
         lambda batch: p.scored(p.reference.forward_step(p.policy.forward_step(batch)))
