@@ -7,7 +7,8 @@ What is heavy is imported inside the command that needs it, so that `chatlearn -
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -81,7 +82,12 @@ def check(
 ) -> None:
     """Trace the flows and validate everything, without loading weights."""
     with _command(target, overrides) as script:
-        program: Program = inspect(script, context.obj or (), _dry_run if dry_run else _check)
+        start = time.perf_counter()
+        action = _timed(_dry_run if dry_run else _check)
+        found: tuple[Program, float] = inspect(script, context.obj or (), action)
+        program, seconds = found
+        others = time.perf_counter() - start - seconds
+        took = f"(checked in {seconds:.2g} s; the script took {others:.2g} s)"
         out = _console()
         for name, graph in program.graphs.items():
             calls = " -> ".join(node.name for node in graph.nodes)
@@ -96,10 +102,10 @@ def check(
         if program.warnings:
             from chatlearn.arithmetic import count
 
-            found = count(len(program.warnings), "warning")
-            out.print(f"it would run, with {found}", style="yellow", highlight=False)
+            number = count(len(program.warnings), "warning")
+            out.print(f"it would run, with {number} {took}", style="yellow", highlight=False)
             raise typer.Exit(1 if strict else 0)
-        out.print("everything fits together", style="green")
+        out.print(f"everything fits together {took}", style="green", highlight=False)
 
 
 @app.command()
@@ -267,6 +273,16 @@ def _script_of(config: Config, recipe: Path) -> Path:
             fix="add `script: train.py`, relative to the recipe",
         )
     return config.script
+
+
+def _timed(action: Callable[[Any], Program]) -> Callable[[Any], tuple[Program, float]]:
+    """Have an action return what it took, too, in seconds."""
+
+    def timed(subject: Any) -> tuple[Program, float]:
+        start = time.perf_counter()
+        return action(subject), time.perf_counter() - start
+
+    return timed
 
 
 def _check(subject: Any) -> Program:

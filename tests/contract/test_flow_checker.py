@@ -606,10 +606,10 @@ SCRIPT = """
 @pytest.mark.parametrize(
     ("column", "options", "code", "said"),
     [
-        ("completion", [], 0, "it would run, with 1 warning\n"),
+        ("completion", [], 0, "it would run, with 1 warning (checked in "),
         ("completion", ["--strict"], 1, "engine.set_parameter_sync(learner, policy)"),
         ("completion", ["--dry-run"], 0, "tried in a dry run: length.forward_step"),
-        ("completions", [], 0, "it would run, with 1 warning\n"),
+        ("completions", [], 0, "it would run, with 1 warning (checked in "),
         ("completions", ["--dry-run"], 1, "did you mean 'completion'?"),
     ],
 )
