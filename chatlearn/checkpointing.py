@@ -24,10 +24,11 @@ from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import CheckpointError, ConfigError, DataError
 from chatlearn.flow.batching import Batch
-from chatlearn.module import BaseModule, call_hook, has_model, resolved_config
+from chatlearn.module import BaseModule, call_hook
 from chatlearn.observability.metrics import Records
 from chatlearn.program import Program
 from chatlearn.ranking import needs_evaluation, score, unknown_metric
+from chatlearn.saved_weights import SavedWeights, bring_back
 from chatlearn.stage import Stage
 
 
@@ -43,6 +44,9 @@ class Checkpointing:
         """The checkpoint that was written or resumed from last."""
         self.has_failed = False
         """Whether one could not be written: trying again at once would only take time."""
+        self.settled: set[str] = set()
+        """Destinations of syncs that were brought to their exact weights, which a first sync would change."""
+        self._weights = SavedWeights(program, stage)
         self._given = [GivenData(len(r), fingerprint(r)) for r in program.training_rows]
 
     # ---- before setup ---------------------------------------------------------------------------------------------
@@ -102,6 +106,10 @@ class Checkpointing:
         named = None if self._resume == "never" else Path(self._resume)
         return named is not None and named.resolve().is_relative_to(folder.resolve())
 
+    def take_down_weights(self) -> None:
+        """Remember what `setup()` made, to see later what changed; called right behind it."""
+        self._weights.take_down()
+
     # ---- saving ---------------------------------------------------------------------------------------------------
 
     def save(
@@ -134,7 +142,7 @@ class Checkpointing:
                 root,
                 state,
                 self._replicas(),
-                with_weights=self._weights_to_save(),
+                with_weights=self._weights.to_save(),
                 rng=rng,
                 replay=None if replay is None else replay.state(),
                 metrics=records.lines,
@@ -224,13 +232,17 @@ class Checkpointing:
             )
         self._refuse_other_models(path, state)
         replicas = self._replicas()
-        checkpoints.load(path, replicas, required=self._own_weights())
+        _, self.settled, surprises = bring_back(
+            path, replicas, self._program, required=self._weights.needed()
+        )
+        self._weights.go_on_from(checkpoints.saved_shapes(path, state))
         sampler.drawn = state.prompts_drawn
         self._stage.iterations.update(state.counts())
         for replica in replicas:
             replica.policy_version = state.policy_versions.get(replica.name, 0)
         program = self._program
         notes = [
+            *surprises,
             *changes.config_changes(state.config, program.config.to_dict(program.module_configs)),
             *changes.version_changes(state),
             *changes.left_behind(state, [module.name for module in self._stage.modules]),
@@ -305,33 +317,10 @@ class Checkpointing:
     def _hook(self, name: str, state: RunState) -> None:
         self._stage.runtime.hook(name, state.train_iteration, episode=state.episode)
 
-    def _own_weights(self) -> set[str]:
-        """Modules whose weights a resumed run cannot get elsewhere: trained ones, sources, and those synced rarely."""
-        trainer = self._program.graphs.get("trainer_flow")
-        own = {module.name for module in (trainer.modules if trainer else ())}
-        for source, destination in self._program.sync_pairs:
-            own.add(source.name)
-            if resolved_config(destination).sync_frequency > 1:
-                own.add(destination.name)
-        return own
-
-    def _weights_to_save(self) -> set[str]:
-        """Besides `_own_weights`, modules outside all pairs that hold more than frozen weights."""
-        received = {destination.name for _, destination in self._program.sync_pairs}
-        others = {m.name for m in self._stage.modules if m.name not in received and _may_change(m)}
-        return self._own_weights() | others
-
 
 def shapes_of(state: Mapping[str, Any]) -> Shapes:
     """Return names and shapes of the tensors of a state dict."""
     return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
-
-
-def _may_change(module: BaseModule) -> bool:
-    """Tell whether a module holds more than frozen weights."""
-    if type(module).state_dict is not BaseModule.state_dict:
-        return True
-    return has_model(module) and any(p.requires_grad for p in module.model.parameters())
 
 
 def refuse_unkeepable(samples: Batch, episode: int) -> None:

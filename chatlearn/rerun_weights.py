@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from chatlearn.checkpoint import folder as checkpoints
 from chatlearn.errors import CheckpointError
-from chatlearn.module import BaseModule, resolved_config
+from chatlearn.module import BaseModule
 from chatlearn.program import Program
 from chatlearn.record.reading import EpisodeRecord
 from chatlearn.record.stand_in import StandIn
+from chatlearn.saved_weights import bring_back
 from chatlearn.stage import Stage
 from chatlearn.weights.local import ParameterSync
 
@@ -59,12 +60,14 @@ def bring_weights(
     path = checkpoint_of(episode, done)
     moved = [module.name for module in modules if _moves(module, program)]
     notes: list[str] = []
+    settled: set[str] = set()
     resumed = path.is_dir()
     real = [module for module in stage.modules if not isinstance(module, StandIn)]
     workers = [worker for module in real for worker in stage.runtime.workers[module.name]]
     if resumed:
         replicas = [worker.module for worker in workers]
-        state = checkpoints.load(path, replicas)
+        state, settled, more = bring_back(path, replicas, program)
+        notes += more
         for replica in replicas:
             replica.policy_version = state.policy_versions.get(replica.name, 0)
         stage.runtime.hook("load_checkpoint", state.train_iteration, episode=done)
@@ -77,7 +80,7 @@ def bring_weights(
         notes.append(
             f"{', '.join(keepers)}: runs with the state that setup() makes; there is no checkpoint of episode {done}"
         )
-    _sync(stage, program, resumed=resumed)
+    _sync(stage, program, settled)
     _set_versions(stage, episode, ("eval_flow",) if after else ("env_flow", "trainer_flow"))
     if not after:
         for worker in workers:
@@ -96,11 +99,12 @@ def _keeps_state(module: BaseModule) -> bool:
     return type(module).training_state is not BaseModule.training_state
 
 
-def _sync(stage: Stage, program: Program, *, resumed: bool) -> None:
+def _sync(stage: Stage, program: Program, settled: Collection[str]) -> None:
     there = {id(module) for module in stage.modules}
     for pair in program.sync_pairs:
-        # One that is synced rarely was saved with the weights that it had.
-        due = not resumed or resolved_config(pair.destination).sync_frequency == 1
+        due = (
+            pair.destination.name not in settled
+        )  # those were saved with the weights that they had
         if id(pair.destination) in there and id(pair.source) in there and due:
             replicas = [w.module for w in stage.runtime.workers[pair.destination.name]]
             sync = ParameterSync(pair.source, replicas, share=False)

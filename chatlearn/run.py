@@ -105,6 +105,7 @@ class Run:
             self.stage.set_up(
                 anew=True
             )  # a run starts from what setup() makes, whatever ran before
+            self._checkpointing.take_down_weights()
         self._sampler, self._datasets = self._sampler_over_datasets()
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
         self._syncs = Syncs(self.program, self.stage, self.config)
@@ -299,7 +300,11 @@ class Run:
         assert self._syncs is not None
         with self._recorder.phase("sync"):
             if first:
-                self._syncs.run_first(self._recorder, resumed=self._resume_from is not None)
+                self._syncs.run_first(
+                    self._recorder,
+                    resumed=self._resume_from is not None,
+                    settled=self._checkpointing.settled,
+                )
             else:
                 self._syncs.run_due(self._recorder, self.state.episode + 1)
         if not first:

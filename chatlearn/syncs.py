@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from chatlearn.arithmetic import is_due
@@ -24,6 +25,7 @@ _SHOWN = 4
 class _Pair:
     sync: ParameterSync
     frequency: int
+    destination: str
 
 
 class Syncs:
@@ -49,10 +51,10 @@ class Syncs:
                 destination_syncs=receivers.count(id(destination)),
             )
             sync = ParameterSync(source, replicas, share=share, place=pair.said_at)
-            self._pairs.append(_Pair(sync, frequency))
+            self._pairs.append(_Pair(sync, frequency, destination.name))
 
-    def run_first(self, recorder: Recorder, *, resumed: bool) -> None:
-        """Sync before the first episode; a resumed destination that is synced rarely keeps what it was saved with.
+    def run_first(self, recorder: Recorder, *, resumed: bool, settled: Collection[str]) -> None:
+        """Sync before the first episode; destinations named in `settled` have what they were saved with, and keep it.
 
         The first sync of a process is probed, whatever its number.
         """
@@ -61,7 +63,9 @@ class Syncs:
         for pair in self._pairs:
             if pair.sync.moves_nothing:
                 recorder.note(f"nothing to sync: {pair.sync.pair} have no parameters")
-            if not resumed or pair.frequency == 1:
+            if pair.destination in settled:
+                pair.sync.go_on()
+            else:
                 self._run(pair, recorder, probes=self._config.verify_every > 0)
         if resumed:  # this sync repeats one that was counted before
             for worker, version in zip(workers, versions, strict=True):

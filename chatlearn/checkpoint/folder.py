@@ -22,18 +22,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from torch import Tensor
-
 from chatlearn.checkpoint import files
+from chatlearn.checkpoint.modules import WEIGHTS, load_module, save_module
 from chatlearn.checkpoint.rng import RngStates, restore_rng, rng_states
 from chatlearn.checkpoint.state import RunState
-from chatlearn.errors import ChatLearnError, CheckpointError
-from chatlearn.module import BaseModule, call_hook
+from chatlearn.errors import CheckpointError
+from chatlearn.module import BaseModule
 
 LATEST = "latest"
 REPLACED = ".replaced-"
@@ -43,7 +42,6 @@ _REMOVED = ".removed-"
 _METRICS = "metrics.jsonl"
 _RNG = "rng.pt"
 _REPLAY = "replay.pt"
-_WEIGHTS = "weights.safetensors"
 
 
 def save(
@@ -81,7 +79,7 @@ def save(
             )  # and not its parents: a run folder that vanished is no new one
             partial.mkdir()
             for module in modules:
-                _save_module(partial / "modules" / module.name, module, module.name in with_weights)
+                save_module(partial / "modules" / module.name, module, module.name in with_weights)
             files.write_values(partial / _RNG, rng or rng_states())
             if replay is not None:
                 files.write_values(partial / _REPLAY, list(replay))
@@ -241,12 +239,18 @@ def verify(folder: Path) -> RunState:
 
 
 def load(
-    folder: Path, modules: Sequence[BaseModule], *, required: Collection[str] = ()
+    folder: Path,
+    modules: Sequence[BaseModule],
+    *,
+    required: Collection[str] = (),
+    mixing: Collection[str] = (),
+    refused: Callable[[str], object] = lambda _: None,
 ) -> RunState:
     """Bring modules and random generators to the state of a checkpoint; return its counters.
 
     Every replica of a module gets the weights that were saved, and the training state of its own id (of replica 0, if
-    the run had fewer replicas when it was saved).
+    the run had fewer replicas when it was saved). Modules named in `mixing` may make something of their own of
+    what they load: they are brought to the exact weights, and `refused` is told the names of those that cannot be.
 
     Raises:
         CheckpointError: a file is missing or damaged, a module does not fit, or the weights of a module named in
@@ -254,7 +258,9 @@ def load(
     """
     state = check(folder)
     for module in modules:
-        _load_module(folder, state, module, module.name in required)
+        is_required, mixes = module.name in required, module.name in mixing
+        if not load_module(folder, state, module, required=is_required, mixes=mixes):
+            refused(module.name)
     try:
         restore_rng(files.read(folder / _RNG, files.read_values))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -287,7 +293,7 @@ def load_metrics(folder: Path) -> str | None:
 
 def saved_shapes(folder: Path, state: RunState) -> dict[str, files.Shapes]:
     """Return names and shapes of the weights that a checkpoint holds, per module."""
-    weights = [PurePosixPath(name) for name in state.files if name.endswith(f"/{_WEIGHTS}")]
+    weights = [PurePosixPath(name) for name in state.files if name.endswith(f"/{WEIGHTS}")]
     return {
         "/".join(path.parts[1:-1]): files.read(folder / path, files.weight_shapes)
         for path in weights
@@ -296,70 +302,3 @@ def saved_shapes(folder: Path, state: RunState) -> dict[str, files.Shapes]:
 
 def _damaged(what: str, place: Path) -> CheckpointError:
     return CheckpointError(f"the checkpoint is damaged: {what}", place=str(place), fix=files.OLDER)
-
-
-# ---- modules ------------------------------------------------------------------------------------------------------
-
-
-def _save_module(folder: Path, module: BaseModule, with_weights: bool) -> None:
-    state: Mapping[str, Any] = (
-        call_hook(module, "state_dict") if with_weights and not module.replica_id else {}
-    )
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    plain = {name: value for name, value in state.items() if name not in weights}
-    training: dict[str, Any] = {"training": call_hook(module, "training_state"), "plain": plain}
-    _refuse_unloadable(training, module)
-    if weights or any(training.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-    if weights:
-        files.write_weights(folder / _WEIGHTS, weights)
-    if any(training.values()):
-        files.write_values(folder / _training_file(module.replica_id), training)
-
-
-def _training_file(replica: int) -> str:
-    return f"training-{replica}.pt" if replica else "training.pt"
-
-
-def _refuse_unloadable(value: Any, module: BaseModule) -> None:
-    """Refuse at once what could not be read again."""
-    if found := files.find_unloadable(value):
-        path, kind = found
-        raise CheckpointError(
-            f"the state of module {module.name!r} holds a {kind}, which a checkpoint cannot keep",
-            place=f"{type(module).__name__}, at {path}",
-            fix="return tensors, numbers, strings, lists and dicts from state_dict() and training_state()",
-        )
-
-
-def _load_module(folder: Path, state: RunState, module: BaseModule, required: bool) -> None:
-    own = f"modules/{module.name}"
-    weights, training = f"{own}/{_WEIGHTS}", f"{own}/{_training_file(0)}"
-    replica = f"{own}/{_training_file(module.replica_id)}"
-    try:
-        other: dict[str, Any] = {}
-        if training in state.files:
-            other = files.read(folder / training, files.read_values)
-        if replica != training and replica in state.files:
-            other["training"] = files.read(folder / replica, files.read_values)["training"]
-        values: dict[str, Any] = dict(other.get("plain", {}))
-        if weights in state.files:
-            values |= files.read(folder / weights, files.read_weights)
-        if values:
-            module.load_state_dict(values)
-        elif required and module.state_dict():
-            raise CheckpointError(
-                f"the checkpoint holds no weights of module {module.name!r}",
-                place=str(folder),
-                fix="resume with the modules that the run was started with",
-            )
-        if other.get("training"):
-            module.load_training_state(other["training"])
-    except ChatLearnError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"the checkpoint does not fit module {module.name!r}: {type(error).__name__}: {error}",
-            place=str(folder / own),
-            fix="resume with the model and optimiser that the run was started with",
-        ) from error

@@ -105,6 +105,13 @@ class ParameterSync:
             _receives(d) for d in self._destinations
         )
 
+    def go_on(self) -> None:
+        """Take what destinations have as what the last sync brought, as a resumed run finds them."""
+        for number, destination in enumerate(self._destinations):
+            state = call_hook(destination, "state_dict")
+            named = ((name, t) for name, t in state.items() if isinstance(t, Tensor))
+            self._had[number] = digests(named)
+
     def run(self) -> SyncReport:
         """Bring every destination to the source's weights, and prove that they arrived.
 
