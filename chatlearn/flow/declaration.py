@@ -197,9 +197,9 @@ def declaration_of(module: BaseModule, method: str) -> Declaration:
     home = _home(kind, method)
     if home is None or method in vars(module):  # a function that was put there: nobody spoke of it
         return Declaration()
-    said = getattr(_function(vars(home)[method]), _ATTRIBUTE, None)
-    if isinstance(said, Declaration):
-        return said if _holds(module, home, home) else Declaration()
+    said = decorated(module, method)
+    if said is not None:
+        return said
     speaker = _home(kind, "describe_columns")
     if speaker is not BaseModule and speaker is not None and _holds(module, speaker, home):
         described = call_hook(module, "describe_columns", method)
@@ -217,6 +217,17 @@ def declaration_of(module: BaseModule, method: str) -> Declaration:
         writes=writes,
         is_of_method=False,
     )
+
+
+def decorated(module: BaseModule, method: str) -> Declaration | None:
+    """Return what `@declares` says of a step; nothing of one that a subclass has changed, None of one without it."""
+    home = _home(type(module), method)
+    if home is None or method in vars(module):
+        return None
+    said = getattr(_function(vars(home)[method]), _ATTRIBUTE, None)
+    if not isinstance(said, Declaration):
+        return None
+    return said if _holds(module, home, home) else Declaration()
 
 
 def _of_class(module: BaseModule, attribute: str, home: type) -> dict[str, Kinds] | None:

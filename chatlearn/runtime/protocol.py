@@ -18,6 +18,7 @@ from chatlearn.errors import FlowError
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.steps import Step
 from chatlearn.module import BatchBy, resolved_config
+from chatlearn.runtime.promises import promised_columns
 
 Fate = Literal["stop", "drop_group", "mask"]
 """What a sample that is given up does: end the run, take its group out of what is delivered, or stay without values."""
@@ -60,6 +61,9 @@ class NodeSpec:
     place: str = ""
     """`file:line` of the call in the user's code, for errors."""
     recovery: Recovery = Recovery()
+    promised: frozenset[str] = frozenset()
+    """Columns that `@declares` says the step writes, as the module calls them."""
+    namespace: str | None = None
 
 
 def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec]:
@@ -88,6 +92,8 @@ def node_specs(graph: FlowGraph, batch_size: int | None = None) -> list[NodeSpec
             filters=node.module.filters_samples,
             place=node.place,
             recovery=Recovery.of(resolved_config(node.module)),
+            promised=promised_columns(node),
+            namespace=resolved_config(node.module).namespace,
         )
         for node in graph.nodes
     ]
