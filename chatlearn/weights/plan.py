@@ -122,13 +122,11 @@ class _Matching:
             if origin is not None:
                 self.origins[name] = origin
         self.missing = [name for name in destination if name not in self.origins]
-        self.extra = [n for n in source if n not in self.origins.values() and not self._is_tied(n)]
-
-    def _is_tied(self, name: str) -> bool:
-        """Tell whether a name that the destination's state leaves out is one tensor with one that it has."""
-        first = self.destination_ties.get(name)
-        same = (other for other in self.origins if self.destination_ties.get(other) == first)
-        return first is not None and next(same, None) is not None
+        used = set(self.origins.values())
+        self.unused = [name for name in source if name not in used]
+        # What the destination's state leaves out may be one tensor with one that it shows.
+        shown = {destination_ties[name] for name in self.origins if name in destination_ties}
+        self.extra = [name for name in self.unused if destination_ties.get(name) not in shown]
 
     def problems(self) -> list[str]:
         """Say all that does not match, a line each."""
@@ -161,8 +159,7 @@ class _Matching:
         """Say which names are one tensor in the destination and have different values in the source."""
         lines: list[str] = []
         first_of: dict[str, str] = {}
-        names = [*self.destination, *(n for n in self.source if n not in self.origins.values())]
-        for name in names:
+        for name in [*self.destination, *self.unused]:
             origin, tie = self.origins.get(name, name), self.destination_ties.get(name)
             if tie is None or origin not in self.source:
                 continue

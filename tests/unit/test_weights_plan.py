@@ -121,3 +121,31 @@ def test_nan_in_what_is_tied_is_no_difference() -> None:
 
 
 held = torch.zeros(2)
+
+
+class Counting(str):
+    """A name that counts how often it is compared with another one."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counting.compared += 1
+        return super().__eq__(other)
+
+    __hash__ = str.__hash__
+
+
+def test_names_are_compared_in_proportion_to_their_number() -> None:
+    def names() -> dict[str, object]:
+        return {Counting(f"layer.{i}.weight"): torch.zeros(1) for i in range(300)}
+
+    source, destination = names(), names()
+    Counting.compared = 0
+    plan(source, destination)
+    assert Counting.compared < 20 * 300
+    heads = {**names(), "head": torch.zeros(1)}
+    ties = dict.fromkeys(heads, "one")
+    Counting.compared = 0
+    plan(heads, {"head": ONE}, source_ties=ties, destination_ties=ties)
+    assert Counting.compared < 20 * 300
