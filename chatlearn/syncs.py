@@ -34,7 +34,7 @@ class Syncs:
     def __init__(self, program: Program, stage: Stage, config: RuntimeConfig) -> None:
         self._stage = stage
         self._config = config
-        self._noted: set[str] = set()
+        self._noted: set[tuple[str, str]] = set()
         trainer = program.graphs.get("trainer_flow")
         trained = set(map(id, trainer.modules)) if trainer else set[int]()
         receivers = [id(destination) for _, destination in program.sync_pairs]
@@ -101,15 +101,33 @@ class Syncs:
                 numbers["probe_seconds"] = probed.seconds
                 numbers["probe_difference"] = probed.difference
         recorder.synced(report.pair, numbers)
-        if report.unproven and report.pair not in self._noted:
-            self._noted.add(report.pair)
-            recorder.note(_describe_unproven(report))
+        for kind, note in _notes(report).items():
+            if (report.pair, kind) not in self._noted:
+                self._noted.add((report.pair, kind))
+                recorder.note(note)
 
 
-def _describe_unproven(report: SyncReport) -> str:
-    shown = ", ".join(report.unproven[:_SHOWN])
-    more = len(report.unproven) - _SHOWN
-    return (
-        f"{report.pair}: load_state_dict() makes {shown}{f' and {more} more' if more > 0 else ''} of what it gets; "
-        "these have no digest in the source to compare with"
-    )
+def _notes(report: SyncReport) -> dict[str, str]:
+    """Say what a sync could not prove, by kind."""
+    notes: dict[str, str] = {}
+    if report.unproven:
+        notes["unproven"] = (
+            f"{report.pair}: load_state_dict() makes {_some(report.unproven)} of what it gets; "
+            "these have no digest in the source to compare with"
+        )
+    if report.lost and not report.proved:
+        notes["nothing"] = (
+            f"{report.pair}: nothing could be compared after the sync: no tensor of the destination holds one of the "
+            "source's; show them in its state_dict() to have them proved"
+        )
+    elif report.lost:
+        notes["lost"] = (
+            f"{report.pair}: {_some(report.lost)} of the source arrived under no name; load_state_dict() may have "
+            "merged or left them out"
+        )
+    return notes
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = len(names) - _SHOWN
+    return f"{', '.join(names[:_SHOWN])}{f' and {more} more' if more > 0 else ''}"

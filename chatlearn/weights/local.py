@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ from chatlearn.weights.digest import digests, total_digest
 from chatlearn.weights.plan import plan_sync, ties_of
 from chatlearn.weights.probe import ProbeReport, probe
 from chatlearn.weights.proof import Sent, Stopwatch, named_tensors, verify
+from chatlearn.weights.renaming import Renaming
 from chatlearn.weights.sharing import aliases, are_plain, own_storage, share
 
 _SHOWN = 4
@@ -43,13 +44,14 @@ class SyncReport:
     tensors: int
     """Tensors and values that the source holds."""
     bytes: int
-    """Moved, to all replicas together."""
+    """Moved, to all replicas together; by a `load_state_dict` of the user's, those of the tensors that were found to
+    hold one of the source's."""
     skipped: int
     """Tensors not moved, since they take no gradient and every replica had them; 0 where storage is shared."""
     seconds: float
     """All of the sync, its proof included."""
     proof_seconds: float
-    """Of these: for looking for NaN, and for digests."""
+    """Of these: for looking for NaN and infinities, and for digests."""
     shared: bool
     """Whether both ends have the same storage."""
     digest: str
@@ -57,6 +59,10 @@ class SyncReport:
     unproven: tuple[str, ...] = ()
     """Tensors of the destination that a `load_state_dict` of the user's made of something else than one of the source's
     tensors: their digests cannot be compared."""
+    lost: tuple[str, ...] = ()
+    """Tensors of the source that such a destination holds under no name: merged into others, or left out."""
+    proved: int = 0
+    """Tensors of the (first) destination that were found to hold what was sent."""
 
 
 class ParameterSync:
@@ -89,7 +95,8 @@ class ParameterSync:
         self._shared = False
         self._place = place
         self._had: list[dict[str, int]] = [{} for _ in destinations]
-        """Digests of every replica's tensors after the sync before."""
+        """Digests of every plain replica's tensors after the sync before."""
+        self._renamings = [Renaming() for _ in destinations]
 
     def release(self) -> None:
         """Give destinations that share storage their own again."""
@@ -116,20 +123,23 @@ class ParameterSync:
         """Bring every destination to the source's weights, and prove that they arrived.
 
         Raises:
-            SyncError: names, shapes or dtypes do not match, or the source holds NaN (before anything is moved); or a
-                tensor differs after the sync.
+            SyncError: names, shapes or dtypes do not match, or the source holds NaN or infinite parameters (before
+                anything is moved); or a tensor differs after the sync.
         """
         start, proof = time.perf_counter(), Stopwatch()
         sent = Sent(self._source, self._destinations[0])
         with proof.running():
-            sent.refuse_nan(self.pair)
+            sent.refuse_non_finite(self.pair)
         done: list[_Transfer] = []
         for number, destination in enumerate(self._destinations):
             if not self._share_with(sent, destination):
                 done.append(self._copy(sent, destination, number, proof))
             destination.policy_version += 1
-        with proof.running():
-            digest = self._digest(sent)
+        digest, proved = (done[0].digest, done[0].proved) if done else ("", 0)
+        if self._shared:
+            tensors = {name: t for name, t in sent.state.items() if isinstance(t, Tensor)}
+            with proof.running():
+                digest, proved = total_digest(tensors, digests(tensors.items())), len(tensors)
         return SyncReport(
             self.pair,
             tensors=len(sent.state),
@@ -139,7 +149,9 @@ class ParameterSync:
             proof_seconds=proof.seconds,
             shared=self._shared,
             digest=digest,
-            unproven=tuple(done[0].unproven) if done else (),
+            unproven=done[0].unproven if done else (),
+            lost=done[0].lost if done else (),
+            proved=proved,
         )
 
     def probe(self) -> ProbeReport | None:
@@ -212,29 +224,25 @@ class ParameterSync:
         new = {name: origin for name, origin in origins.items() if name not in has - changed}
         with proof.running():
             found |= verify(sent, arrived, new, where=where)
+            digest = total_digest({name: arrived[name] for name in found}, found)
         self._had[number] = found
-        return _Transfer(_bytes(arrived, new), len(has - changed), [])
+        return _Transfer(_bytes(arrived[n] for n in new), len(has - changed), len(found), digest)
 
     def _hand_over(
         self, sent: Sent, destination: BaseModule, number: int, where: str, proof: Stopwatch
     ) -> _Transfer:
         """Give all of the state to a `load_state_dict` of the user's, which may map names, keep or merge tensors."""
+        renaming = self._renamings[number]
+        with proof.running():
+            renaming.look(destination)
         with torch.no_grad():
             call_hook(destination, "load_state_dict", isolate_state(sent.state))
-        arrived = call_hook(destination, "state_dict")
-        origins = {name: name for name in arrived if name in sent.state}
         with proof.running():
-            self._had[number] = verify(sent, arrived, origins, where=where)
-            unproven = _unproven(sent, arrived)
-        return _Transfer(_bytes(arrived, origins), 0, unproven)
-
-    def _digest(self, sent: Sent) -> str:
-        """Return the total digest of what the first replica has; of all names, or of those that could be compared."""
-        if self._shared:
-            tensors = {name: t for name, t in sent.state.items() if isinstance(t, Tensor)}
-            return total_digest(tensors, digests(tensors.items()))
-        arrived = call_hook(self._destinations[0], "state_dict")
-        return total_digest({name: arrived[name] for name in self._had[0]}, self._had[0])
+            arrival = renaming.prove(sent, destination, where=where)
+        proved = arrival.proved
+        return _Transfer(
+            _bytes(proved.values()), 0, len(proved), arrival.digest, arrival.unproven, arrival.lost
+        )
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,10 @@ class _Transfer:
 
     bytes: int
     skipped: int
-    unproven: list[str]
+    proved: int
+    digest: str
+    unproven: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 def isolate_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,6 +280,7 @@ def _load(destination: BaseModule, sent: Sent, origins: Mapping[str, str], names
         if (
             isinstance(model, nn.Module)
             and type(model).load_state_dict is nn.Module.load_state_dict
+            and "load_state_dict" not in vars(model)
         ):
             some = {n: sent.state[origin] for n, origin in origins.items() if n in names}
             found: Any = model.load_state_dict(some, strict=False)
@@ -282,22 +294,5 @@ def _load(destination: BaseModule, sent: Sent, origins: Mapping[str, str], names
             call_hook(destination, "load_state_dict", whole)
 
 
-def _bytes(arrived: Mapping[str, Any], names: Mapping[str, str]) -> int:
-    tensors = (arrived[name] for name in names)
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
-
-def _unproven(sent: Sent, arrived: Mapping[str, Any]) -> list[str]:
-    """Return tensors that are none of those sent, under whatever name."""
-    unproven: list[str] = []
-    others = {n: t for n, t in arrived.items() if n not in sent.state and isinstance(t, Tensor)}
-    for name, number in digests(others.items()).items():
-        own = others[name]
-        alike = {
-            origin: (origin, own.dtype)
-            for origin, tensor in sent.state.items()
-            if isinstance(tensor, Tensor) and tensor.shape == own.shape
-        }
-        if number not in sent.digests_as(alike).values():
-            unproven.append(name)
-    return unproven
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from reprlib import repr as shortened
 from time import perf_counter
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from chatlearn.errors import SyncError
 from chatlearn.module import BaseModule, call_hook
 from chatlearn.weights.adapters import has_adapters, merged_state
-from chatlearn.weights.digest import digests
+from chatlearn.weights.digest import digests, tensor_digest
 from chatlearn.weights.plan import Ties, ties_of
 
 _KEEP_FINITE = "look at the last train steps: lower the learning rate, clip gradients"
@@ -67,32 +68,54 @@ class Sent:
         self.state = state
         own = () if self.is_merged else named_tensors(source)
         self.ties: Ties = ties_of(chain(state.items(), own))
+        self._parameters = self._find_parameters(source)
         self._trained: set[str] | None = None
         if plain:
             self._trained = {name for name, tensor in named_tensors(source) if tensor.requires_grad}
         self._digests: dict[tuple[str, torch.dtype], int] = {}
+
+    def _find_parameters(self, source: BaseModule) -> set[str]:
+        """Return which names of the state are parameters: known of those of `source.model`, not of other tensors."""
+        if not isinstance(source.model, nn.Module):
+            return set()
+        if self.is_merged:  # merged parameters are new tensors, buffers are the model's
+            buffers = {buffer.data_ptr() for buffer in source.model.buffers()}
+            return {name for name, t in self.state.items() if t.data_ptr() not in buffers}
+        names = (name for name, _ in source.model.named_parameters(remove_duplicate=False))
+        parameters = {self.ties[name] for name in names}
+        return {name for name in self.state if self.ties.get(name) in parameters}
 
     def may_skip(self, name: str) -> bool:
         """Tell whether a tensor takes no gradient now, so that the destination may have it already."""
         return self._trained is not None and name not in self._trained
 
     @torch.no_grad()
-    def refuse_nan(self, pair: str) -> None:
-        """Refuse to send NaN, which would be found nowhere but in what is sampled.
+    def refuse_non_finite(self, pair: str) -> None:
+        """Refuse to send NaN, or parameters that are infinite, which would be found nowhere but in what is sampled.
+
+        Buffers may hold infinities: masks do.
 
         Raises:
             SyncError: naming the first such tensor.
         """
-        floating = {
+        inexact = {
             name: tensor
             for name, tensor in self.state.items()
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel()
+            if isinstance(tensor, Tensor)
+            and (tensor.is_floating_point() or tensor.is_complex())
+            and tensor.numel()
         }
-        for name in _suspects(floating):
-            if bool(torch.isnan(floating[name]).any()):
-                raise SyncError(
-                    f"tensor {name!r} of the source holds NaN", place=pair, fix=_KEEP_FINITE
-                )
+        for name in _suspects(inexact):
+            numbers = numbers_of(inexact[name])
+            if bool(torch.isnan(numbers).any()):
+                what = "NaN"
+            elif name in self._parameters and bool(torch.isinf(numbers).any()):
+                what = "an infinity"
+            else:
+                continue
+            raise SyncError(
+                f"tensor {name!r} of the source holds {what}", place=pair, fix=_KEEP_FINITE
+            )
 
     @torch.no_grad()
     def digests_as(self, wanted: Mapping[str, tuple[str, torch.dtype]]) -> dict[str, int]:
@@ -180,30 +203,58 @@ def _explain(sent: Sent, key: tuple[str, torch.dtype], arrived: Tensor, number: 
 
 def _verify_plain(name: str, sent: object, arrived: object, where: str) -> None:
     """Compare plain values of overridden state dicts, as far as they can be compared."""
-    comparable = isinstance(sent, bool | int | float | str | type(None))
-    if type(sent) is not type(arrived) or (comparable and sent != arrived):
+    if not _is_same(sent, arrived):
         raise SyncError(
-            f"{name!r} is {arrived!r} after the sync, not {sent!r}",
+            f"{name!r} is {shortened(arrived)} after the sync, not {shortened(sent)}",
             place=where,
             fix="have load_state_dict() take over every value it is given",
         )
 
 
+def _is_same(sent: object, arrived: object) -> bool:
+    """Tell whether values are alike: containers by what they hold, tensors by value, unknown objects by type."""
+    if isinstance(sent, Tensor) and isinstance(arrived, Tensor):
+        alike = sent.shape == arrived.shape and torch.can_cast(sent.dtype, arrived.dtype)
+        return alike and int(tensor_digest(sent.to(arrived.dtype))) == int(tensor_digest(arrived))
+    if type(sent) is not type(arrived):
+        return False
+    if isinstance(sent, Mapping):
+        one, other = cast("Mapping[Any, Any]", sent), cast("Mapping[Any, Any]", arrived)
+        return one.keys() == other.keys() and all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(sent, list | tuple):
+        ours, theirs = cast("list[Any]", sent), cast("list[Any]", arrived)
+        return len(ours) == len(theirs) and all(map(_is_same, ours, theirs))
+    if isinstance(sent, float | complex):
+        return sent == arrived or (sent != sent and arrived != arrived)
+    if isinstance(sent, int | str | bytes | bytearray | set | frozenset):
+        return sent == arrived
+    return True
+
+
 def _suspects(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors whose sum is NaN: those that hold NaN, or infinities of both signs."""
+    """Return the names of tensors whose sum is not finite: all that hold NaN or an infinity, and huge ones."""
     by_device: dict[torch.device, list[str]] = {}
     for name, tensor in tensors.items():
         by_device.setdefault(tensor.device, []).append(name)
     found: set[str] = set()
     for names in by_device.values():
         sums = torch.stack([_sum(tensors[name]) for name in names])
-        flags = cast("list[bool]", torch.isnan(sums).tolist())
+        flags = cast("list[bool]", torch.isfinite(sums).logical_not().tolist())
         found |= {name for name, flag in zip(names, flags, strict=True) if flag}
     return [name for name in tensors if name in found]
 
 
 def _sum(tensor: Tensor) -> Tensor:
+    plain = numbers_of(tensor)
+    half = plain.dtype is torch.float16  # whose sum would soon be infinite
+    return plain.sum(dtype=torch.float32 if half else None).double()
+
+
+def numbers_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's elements as real numbers that can be added and compared: dense, of 16 bits or more."""
     plain = tensor.detach()
     if plain.layout is not torch.strided:
         plain = plain.to_dense()
-    return (plain if plain.element_size() > 1 else plain.float()).sum().double()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.resolve_conj())
+    return plain.float() if plain.element_size() == 1 else plain

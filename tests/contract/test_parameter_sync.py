@@ -356,6 +356,33 @@ def test_a_state_that_cannot_be_compared_is_said_once(capsys: pytest.CaptureFixt
     )
 
 
+@pytest.mark.parametrize(
+    ("shown", "note"),
+    [
+        ({"one.weight": "x", "one.bias": "y", "two.weight": "z"}, "two.bias of the source arrived"),
+        ({}, "nothing could be compared after the sync"),
+    ],
+)
+def test_what_was_not_found_is_said_once(
+    shown: dict[str, str], note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Remote(Weights):
+        """Keeps tensors where no model holds them."""
+
+        def setup(self) -> None:
+            self.kept: dict[str, Tensor] = {}
+
+        def state_dict(self) -> Mapping[str, Any]:
+            return self.kept
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            self.kept = {new: state[name] for name, new in shown.items()}
+
+    carry(Weights("learner"), Remote("policy"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"learner -> policy: {note}") == 1
+
+
 def test_the_page_s_program_runs() -> None:
     pytest.importorskip("peft")
     page = (Path(__file__).parents[2] / "docs" / "parameter_sync.md").read_text(encoding="utf-8")
