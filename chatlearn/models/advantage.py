@@ -104,7 +104,8 @@ class GroupAdvantage(BaseModule):
             raise RewardError(
                 f"{len(wrong)} rewards are not finite: {[float(rewards[i]) for i in wrong[:8]]}",
                 place=f"module {self.name!r}, sample uids {uids[:8]}",
-                fix="make the reward module return a finite number for every sample",
+                fix="for samples that cannot be scored set models.<name>.on_failure of the module that makes "
+                "`rewards` to mask, drop_group or retry",
             )
 
     @staticmethod

@@ -64,12 +64,15 @@ class FunctionReward(BaseModule):
         self._require_usable(named)
 
     def check_config(self) -> list[ChatLearnError]:
-        """Return what is wrong with the weights."""
+        """Return what is wrong with the functions and the weights."""
+        problems: list[ChatLearnError] = [
+            found for scorer in self._scorers if (found := scorer.check())
+        ]
         try:
             self._weights()
         except ConfigError as error:
-            return [error]
-        return []
+            problems.append(error)
+        return problems
 
     def describe_columns(self, method: str) -> Declaration | None:
         """Return what the functions' parameters ask for, and the columns that hold what they return."""

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from typing import Final
 
 from chatlearn.observability.charts import Series, line_chart, stacked_chart
-from chatlearn.observability.headline import ACCURACY, EVAL, PASS, REWARD, find_key, pass_k
+from chatlearn.observability.headline import (
+    ACCURACY,
+    EVAL,
+    OUTCOMES,
+    PASS,
+    REWARD,
+    find_key,
+    pass_k,
+)
 from chatlearn.observability.jsonl import Row
 from chatlearn.observability.metrics import KEYS
 
@@ -70,8 +78,8 @@ def _names(rows: Sequence[Row]) -> list[str]:
         bad = set(row.get("nonfinite", ()))
         for name, value in row.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name.endswith(DIGEST):
-                continue
+            if name.endswith(DIGEST) or (f"/{OUTCOMES}" in f"/{name}" and not value):
+                continue  # nothing failed: no curve
             if name not in KEYS and (number or name in bad):
                 found[name] = None
     return list(found)

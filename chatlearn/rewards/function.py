@@ -11,13 +11,21 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, TypeVar, cast
 
 from chatlearn import columns
-from chatlearn.errors import RewardError
+from chatlearn.errors import ChatLearnError, ConfigError, RewardError
+
+E = TypeVar("E", bound=ChatLearnError)
 
 ScoreFunction = Callable[..., Any]
 """Takes batched columns by parameter name, returns one number per sample."""
+
+UNSCORED: Final = (
+    "for samples that cannot be scored set models.<name>.on_failure to retry, mask or drop_group "
+    "(after retry, after_retries decides)"
+)
+"""What to do about samples that have no reward; a number in its place would be trained on."""
 
 PARAMETERS = {"completions": columns.COMPLETION, "prompts": columns.PROMPT}
 """Parameter names that stand for a column of another name."""
@@ -125,20 +133,31 @@ class Scorer:
         args, kwargs = self._arguments(data)
         try:
             result = self.function(*args, **kwargs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(
                 f"reward function {self.name!r} raised {type(error).__name__}: {error}",
                 place=self._place(),
-                fix="the traceback above shows where; return a number for samples that cannot be scored",
+                fix=f"the traceback above shows where; {UNSCORED}",
             ) from error
         if inspect.iscoroutine(result):
             result.close()  # else Python warns that it was never awaited
-            raise RewardError(
-                f"reward function {self.name!r} is an `async def`, which is not awaited here",
-                place=self._place(),
-                fix="make it a plain `def`, or write a BaseModule whose `forward_step` is async",
-            )
+            raise self._not_awaited(RewardError)
         return self._numbers(result, data, failed)
+
+    def check(self) -> ConfigError | None:
+        """Return what is wrong with the function as far as can be seen without calling it."""
+        inner = self.function
+        while hasattr(inner, "func"):  # partials
+            inner = cast("Any", inner).func
+        call = inner if inspect.isroutine(inner) else type(inner).__call__
+        return self._not_awaited(ConfigError) if inspect.iscoroutinefunction(call) else None
+
+    def _not_awaited(self, kind: type[E]) -> E:
+        return kind(
+            f"reward function {self.name!r} is an `async def`, which is not awaited here",
+            place=self._place(),
+            fix="make it a plain `def`, or write a BaseModule whose `forward_step` is async",
+        )
 
     def _arguments(self, data: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return positional and keyword arguments by the function's signature."""
@@ -244,7 +263,7 @@ class Scorer:
         raise RewardError(
             f"reward function {self.name!r} returned {_short(value)} for one sample",
             place=f"{self._place()}, sample uid {uid}{completion}",
-            fix="return a finite number for every sample; nothing is taken for zero",
+            fix=f"nothing is taken for zero: {UNSCORED}",
         )
 
     def _place(self) -> str:

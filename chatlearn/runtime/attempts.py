@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from chatlearn.columns import CUT, FAILED, PROMPT, PROMPT_IDS, TIMED_OUT
+from chatlearn.columns import CUT, FAILED, OUTCOME, PROMPT, PROMPT_IDS, REWARDS, TIMED_OUT
 from chatlearn.errors import ModuleError
 from chatlearn.flow.batching import Batch, isolate, select
+from chatlearn.module import BaseModule, resolved_config, state_of
 from chatlearn.runtime.lost_rows import LostSample
 from chatlearn.runtime.protocol import Call, Lost
-from chatlearn.runtime.returned import Marks, new_marks
+from chatlearn.runtime.returned import marks_of, new_marks, refuse_unknown_marks, unusable_rewards
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Attempts:
         if call.node.recovery.fate != "stop":
             what = f"{call.node.name} has failed on every sample so far, so it must be broken"
             return _because(what, self._first[call.node.module].error)
-        return _because(f"{call.node.name} failed {call.attempt + 1} times", failure.error)
+        what = f"{call.node.name} failed {call.attempt + 1} times, and models.{call.node.module}.after_retries is stop"
+        return _because(what, failure.error)
 
     def _failed(self, call: int) -> tuple[Call, Failure]:
         assert self._last is not None
@@ -128,18 +130,60 @@ def counted(call: Call) -> dict[str, int]:
     return {FAILED: 0, TIMED_OUT: 0, "retried": len(call.uids) if is_retry else 0}
 
 
-def outcomes_of(
-    call: Call, before: Marks, after: Marks, kept: Sequence[int] | None
-) -> tuple[dict[str, int], dict[int, str]]:
-    """Return what a call's samples count as, and the rows of its output that the step says it failed on."""
-    outcomes = counted(call)
-    if not after or after == before:
-        return outcomes, {}
-    marks = new_marks(before, after, kept)
-    rows = {row: mark for row, mark in marks.items() if mark != CUT}
-    if after.keys() - before.keys():
-        outcomes[CUT] = len(marks) - len(rows)
-    return outcomes, rows
+class Signs:
+    """What the inputs of a call say of its samples; what else its output says is the step's.
+
+    Args:
+        call: under way.
+        data: its inputs.
+        module: its module.
+        tolerant: whether samples may be lost; if not, rewards are left to who reads them.
+    """
+
+    def __init__(self, call: Call, data: Batch, module: BaseModule, *, tolerant: bool) -> None:
+        space = resolved_config(module).namespace
+        start = "" if space is None else f"{space}/"
+        self._outcome, self._rewards = f"{start}{OUTCOME}", f"{start}{REWARDS}"
+        self._call, self._module, self._tolerant = call, module, tolerant
+        self._marks = marks_of(data)
+        self._unusable = unusable_rewards(data, self._rewards) if tolerant else {}
+
+    def new_in(
+        self, output: Batch, kept: Sequence[int] | None, place: str
+    ) -> tuple[dict[str, int], dict[int, str]]:
+        """Return what the call's samples count as, and with which outcome the step failed on which rows of `output`.
+
+        Args:
+            output: what the step returned.
+            kept: of a filter, which of its samples the rows are.
+            place: the step.
+
+        Raises:
+            BatchError: what it says in its `outcome` column is no outcome.
+        """
+        outcomes, rows = counted(self._call), dict[int, str]()
+        before, after = self._marks, marks_of(output)
+        if after and after != before:
+            refuse_unknown_marks(self._call, before, after, self._outcome, kept, place)
+            marks = new_marks(before, after, kept)
+            rows = {row: mark for row, mark in marks.items() if mark != CUT}
+            if after.keys() - before.keys():
+                outcomes[CUT] = len(marks) - len(rows)
+        if self._tolerant:
+            self._add_unusable(rows, output, kept)
+        return outcomes, rows
+
+    def _add_unusable(
+        self, rows: dict[int, str], output: Batch, kept: Sequence[int] | None
+    ) -> None:
+        """Count samples with rewards that nobody can train on among those that the step failed on."""
+        state = state_of(self._module)
+        for row, value in unusable_rewards(output, self._rewards).items():
+            at = row if kept is None else kept[row]
+            if row not in rows and at not in self._unusable:
+                rows[row] = FAILED
+                what = f"{self._call.node.name} returned {value!r} in its column {self._rewards!r}"
+                state.failure = state.failure or f"{what} for uid {self._call.uids[at]}"
 
 
 def _because(what: str, error: ModuleError) -> ModuleError:

@@ -14,7 +14,7 @@ from chatlearn.errors import BatchError, DeadlineError, EngineError, ModuleError
 from chatlearn.flow.batching import Batch, isolate, join, merge, size, take
 from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.module import state_of
-from chatlearn.runtime.attempts import Attempts, Draws, Failure, counted, outcomes_of
+from chatlearn.runtime.attempts import Attempts, Draws, Failure, Signs, counted
 from chatlearn.runtime.lost_rows import Outlet
 from chatlearn.runtime.protocol import (
     Call,
@@ -28,7 +28,6 @@ from chatlearn.runtime.protocol import (
     node_specs,
 )
 from chatlearn.runtime.returned import (
-    marks_of,
     recorded_step_output,
     returned_numbers,
     sample_output,
@@ -215,13 +214,14 @@ class Pass:
         node = graph.nodes[spec.index]
         if self._tap is not None:
             self._tap.entering(graph.name, node, call, data)
-        before = marks_of(data)
+        tolerant = spec.index in self._tolerant
+        signs = Signs(call, data, self._worker(call).module, tolerant=tolerant)
         result = self._call(call, data, graph)
         place = f"{spec.name}, {node.place}"
         output, kept = sample_output(call, result.value, place)
         if not output and not (spec.filters and result.value is not None):
             self._refuse_missing(graph, spec.index, place)
-        outcomes, rows = outcomes_of(call, before, marks_of(output), kept)
+        outcomes, rows = signs.new_in(output, kept, place)
         more = {} if kept is None else {"kept_fraction": len(kept) / len(call.uids)}
         metrics = {**result.metrics, **more}
         failed: tuple[int, ...] = ()
@@ -235,7 +235,7 @@ class Pass:
             self._tap.returned(graph.name, node, done, output, metrics)
         samples = len(done.uids) if kept is None else len(kept)
         self._outputs.put(call.id, output, samples * self._takers[spec.index])
-        if spec.index in self._tolerant:
+        if tolerant:
             self._attempts.settle(call, len(done.uids))
         self._report(call, result.seconds, len(done.uids), metrics, outcomes)
         return Finished(call.id, kept, result.seconds, failed)

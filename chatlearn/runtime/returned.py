@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
 from torch import Tensor
 
-from chatlearn.columns import CUT, FAILED, OUTCOME, TIMED_OUT, UID
+from chatlearn.columns import CUT, FAILED, OUTCOME, OUTCOMES, TIMED_OUT, UID
 from chatlearn.errors import BatchError
 from chatlearn.flow.batching import Batch, isolate, normalise, numbers, select, size
 from chatlearn.module import ModuleState
-from chatlearn.runtime.promises import refuse_broken
 from chatlearn.runtime.protocol import Call
 
 
@@ -66,7 +68,6 @@ def sample_output(call: Call, value: object, place: str) -> tuple[Batch, tuple[i
     """
     # A copy: the module may keep what it returned and write into it in its next call.
     output = isolate(normalise({} if value is None else value, place))
-    refuse_broken(call.node, output)
     if call.node.filters:
         return output, _kept_offsets(call, output, place)
     if output and size(output) != len(call.uids):
@@ -150,6 +151,55 @@ def new_marks(before: Marks, after: Marks, kept: Sequence[int] | None) -> dict[i
             if mark in _MARKS and all(was[at] != mark for was in before.values()):
                 found[row] = max(mark, found.get(row, ""), key=_MARKS.index)
     return found
+
+
+def refuse_unknown_marks(
+    call: Call, before: Marks, after: Marks, own: str, kept: Sequence[int] | None, place: str
+) -> None:
+    """Refuse what is no outcome, which would pass for `ok`.
+
+    Args:
+        call: whose step returned it.
+        before: the marks that were there when it was called; what is among them is not the step's.
+        after: those of what it returned.
+        own: the name of the step's own column of them; others may be anything.
+        kept: of a filter, which of its samples the rows are.
+        place: the step.
+
+    Raises:
+        BatchError: the column holds something else than `OUTCOMES`.
+    """
+    for row, mark in enumerate(after.get(own, ())):
+        at = row if kept is None else kept[row]
+        if isinstance(mark, str) and mark in OUTCOMES:
+            continue
+        if any(repr(was[at]) == repr(mark) for was in before.values()):  # NaN is NaN, too
+            continue
+        shown = mark.item() if isinstance(mark, Tensor) and mark.numel() == 1 else mark
+        meant = difflib.get_close_matches(str(shown), OUTCOMES, 1)
+        raise BatchError(
+            f"{call.node.name} returned {shown!r} in its column {own!r} for uid {call.uids[at]}, which is no outcome",
+            place=place,
+            fix=(f"did you mean {meant[0]!r}? " if meant else "")
+            + f"it is one of {', '.join(map(repr, OUTCOMES))}",
+        )
+
+
+def unusable_rewards(batch: Batch, column: str) -> dict[int, Any]:
+    """Return the entries of a column of rewards, by their rows, that are no finite number: nobody can train on them."""
+    values = batch.get(column, ())
+    if isinstance(values, Tensor):
+        wrong = ~values.isfinite()
+        rows = wrong.reshape(len(wrong), -1).any(1) if len(wrong) else wrong
+        found = cast("list[int]", rows.nonzero().flatten().tolist())
+        return {row: cast("Any", values[row].tolist()) for row in found}
+    return {row: value for row, value in enumerate(values) if not _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 _OF_SPACE = f"/{OUTCOME}"

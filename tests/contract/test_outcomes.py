@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -112,6 +113,25 @@ def swallowing(completions: list[str], uid: list[int]) -> list[float]:
     return [1.0] * len(uid)
 
 
+def catching(completions: list[str], uid: list[int]) -> list[float]:
+    """Runs untrusted code per sample, as people do."""
+    scores: list[float] = []
+    for u in uid:
+        try:
+            if u == BAD:
+                time.sleep(30)
+            scores.append(1.0)
+        except:  # noqa: E722 - that is the point
+            scores.append(0.0)
+    return scores
+
+
+def exiting(completions: list[str], uid: list[int]) -> list[float]:
+    if BAD in uid:
+        sys.exit(0)
+    return [1.0] * len(uid)
+
+
 def returning(value: Any) -> Callable[..., list[Any]]:
     def score(completions: list[str], uid: list[int]) -> list[Any]:
         return [value if u == BAD else 1.0 for u in uid]
@@ -126,6 +146,27 @@ class Judge(BaseModule):
         if BAD in plain(data["uid"]):
             await asyncio.sleep(30)
         return {**data, "rewards": torch.ones(len(data["uid"]))}
+
+
+class Exits(BaseModule):
+    """A user's own reward that leaves the script."""
+
+    def forward_step(self, data: Batch) -> Batch:
+        if BAD in plain(data["uid"]):
+            sys.exit(0)
+        return {**data, "rewards": torch.ones(len(data["uid"]))}
+
+
+class Unscored(BaseModule):
+    """A user's own reward that has no number for one sample."""
+
+    def __init__(self, name: str, value: Any, *, listed: bool = False) -> None:
+        super().__init__(name)
+        self.value, self.listed = value, listed
+
+    def forward_step(self, data: Batch) -> Batch:
+        rewards = [self.value if uid == BAD else 1.0 for uid in plain(data["uid"])]
+        return {**data, "rewards": rewards if self.listed else torch.tensor(rewards)}
 
 
 class Miscounts(BaseModule):
@@ -146,6 +187,9 @@ WAYS: dict[str, tuple[Callable[[], BaseModule], str, str]] = {
     ),
     "None": (lambda: FunctionReward("reward", returning(None)), "failed", "returned None"),
     "text": (lambda: FunctionReward("reward", returning("high")), "failed", "returned 'high'"),
+    "exits": (lambda: FunctionReward("reward", exiting), "failed", "raised SystemExit: 0"),
+    "a module exits": (lambda: Exits("reward"), "failed", "SystemExit: 0"),
+    "catches all": (lambda: FunctionReward("reward", catching), "timed_out", "timeout_s=0.1"),
     "miscounts": (lambda: Miscounts("reward"), "failed", "disagree in their number of samples"),
     "sleeps": (lambda: FunctionReward("reward", sleeping), "timed_out", "timeout_s=0.1 seconds"),
     "loops": (lambda: FunctionReward("reward", looping), "timed_out", "timeout_s=0.1 seconds"),
@@ -261,6 +305,83 @@ def test_a_mark_of_a_users_own_step() -> None:
     ):
         run(reward)
     assert len(reward.calls) == 1
+
+
+@pytest.mark.parametrize("policy", ["mask", "drop_group", "retry"])
+@pytest.mark.parametrize(
+    ("value", "listed"),
+    [
+        (float("nan"), False),
+        (float("inf"), False),
+        (float("nan"), True),
+        (None, True),
+        ("no", True),
+    ],
+)
+def test_a_reward_of_a_users_own_that_is_no_number_fails_its_sample(
+    policy: str, value: Any, listed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(
+        {"on_failure": policy, "after_retries": "mask"}
+        if policy == "retry"
+        else {"on_failure": policy}
+    )
+    result, learner = run(Unscored("reward", value, listed=listed))
+    assert result.metrics["outcomes/reward/failed"] == 1
+    assert result.metrics["outcomes/reward/retried"] == (2 if policy == "retry" else 0)
+    said = f"reward.forward_step returned {value!r} in its column 'rewards' for uid {BAD}"
+    assert said in capsys.readouterr().out
+    if policy == "drop_group":
+        assert not {4, 5, 6, 7} & set(learner.uids)
+    else:
+        assert learner.row(BAD)["outcome"] == "failed"
+
+
+def test_rewards_that_came_in_are_not_the_failure_of_who_passes_them_on() -> None:
+    configure({"on_failure": "mask"})
+    prompts = [{"prompt": "a", "rewards": float("nan")}, {"prompt": "b", "rewards": 1.0}]
+    result, learner = run(Step("reward"), prompts=prompts)
+    assert learner.uids == list(range(8))
+    assert result.metrics["outcomes/reward/failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("mark", "fix"),
+    [
+        ("timeout", "did you mean 'timed_out'?"),
+        ("broken", "it is one of 'ok', 'cut', 'failed', 'timed_out'"),
+        (None, "it is one of"),
+        (3, "it is one of"),
+    ],
+)
+def test_a_mark_that_is_no_outcome_is_refused(mark: Any, fix: str) -> None:
+    def judge(data: Batch) -> Batch:
+        data["outcome"] = [mark if uid == BAD else "ok" for uid in plain(data["uid"])]
+        return data
+
+    configure({})
+    with pytest.raises(BatchError) as raised:
+        run(Step("reward", judge))
+    text = f"reward.forward_step returned {mark!r} in its column 'outcome' for uid {BAD}"
+    assert raised.value.cause.startswith(text)
+    assert "module: reward" in raised.value.cause
+    assert raised.value.fix.startswith(fix)
+
+
+def test_other_columns_of_outcomes_may_hold_anything() -> None:
+    def judge(data: Batch) -> Batch:
+        data["game/outcome"] = ["won"] * len(data["uid"])
+        return data
+
+    configure({"on_failure": "mask"})
+    _, learner = run(Step("reward", judge))
+    assert learner.row(BAD)["game/outcome"] == "won"
+
+    def outcome(completions: list[str]) -> list[float]:
+        return [1.0] * len(completions)
+
+    result, _ = run(FunctionReward("reward", outcome))
+    assert result.metrics["reward/rewards/outcome"] == 1.0
 
 
 def test_a_dataset_with_such_a_column_is_no_failure() -> None:

@@ -182,10 +182,29 @@ def test_an_async_function_is_refused_and_leaves_no_warning(kind):
         "partial": functools.partial(score, scale=2.0),
         "object": AsyncJudge(),
     }[kind]
+    (problem,) = FunctionReward("r", function).check_config()
+    assert isinstance(problem, ConfigError)
     with pytest.raises(RewardError, match="is an `async def`") as caught:
         rewards(function)
     assert "plain `def`" in caught.value.fix
+    assert (problem.cause, problem.fix) == (caught.value.cause, caught.value.fix)
     gc.collect()
+
+
+@pytest.mark.parametrize("function", [exact, Judge(), functools.partial(exact), Judge().__call__])
+def test_a_plain_function_has_no_problem(function):
+    assert FunctionReward("r", function).check_config() == []
+
+
+def test_a_function_that_exits_is_an_error_and_what_to_do_is_no_made_up_number():
+    def score(completions):
+        raise SystemExit(0)
+
+    with pytest.raises(RewardError, match="'score' raised SystemExit: 0") as caught:
+        rewards(score)
+    assert isinstance(caught.value.__cause__, SystemExit)
+    assert "models.<name>.on_failure to retry, mask or drop_group" in caught.value.fix
+    assert "after_retries" in caught.value.fix
 
 
 def test_uids_of_any_kind_can_be_named():
