@@ -15,6 +15,7 @@ from chatlearn.columns import CUT, FAILED, OUTCOME, OUTCOMES, TIMED_OUT, UID
 from chatlearn.errors import BatchError
 from chatlearn.flow.batching import Batch, isolate, normalise, numbers, select, size
 from chatlearn.module import ModuleState
+from chatlearn.runtime.promises import refuse_broken
 from chatlearn.runtime.protocol import Call
 
 
@@ -68,6 +69,7 @@ def sample_output(call: Call, value: object, place: str) -> tuple[Batch, tuple[i
     """
     # A copy: the module may keep what it returned and write into it in its next call.
     output = isolate(normalise({} if value is None else value, place))
+    refuse_broken(call.node, output)
     if call.node.filters:
         return output, _kept_offsets(call, output, place)
     if output and size(output) != len(call.uids):
