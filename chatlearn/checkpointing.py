@@ -70,8 +70,8 @@ class Checkpointing:
         Raises:
             CheckpointError: it cannot be written there.
         """
-        if self._resume == "auto":
-            checkpoints.restore(root)
+        if self._resume != "never":
+            checkpoints.clear(root)
 
     def check_named(self) -> None:
         """Refuse a checkpoint that `runtime.resume` names, before anything is written anywhere (see `check`)."""

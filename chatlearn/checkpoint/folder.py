@@ -91,7 +91,7 @@ def save(
         with suppress(CheckpointError):
             restore(root)
         raise
-    with suppress(OSError):  # it is written; what it replaced goes with the next one
+    with suppress(CheckpointError):  # it is written; what it replaced goes with the next one
         clear(root)
     return target
 
@@ -193,7 +193,8 @@ def clear(root: Path) -> None:
         for leftover in root.glob(f"{start}*"):
             shutil.rmtree(leftover, ignore_errors=True)
     for leftover in root.glob(f".{LATEST}-*"):
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            leftover.unlink()
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

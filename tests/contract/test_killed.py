@@ -145,14 +145,14 @@ def moments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
 
 def some_of_each(
     kinds: list[str], chosen: random.Random, most: int, what: str
-) -> Iterator[dict[str, int]]:
-    """Yield up to `most` moments of every kind."""
-    numbers: dict[str, list[int]] = {}
-    for number, kind in enumerate(kinds, 1):
-        numbers.setdefault(kind, []).append(number)
-    for found in numbers.values():
-        for number in chosen.sample(found, k=min(most, len(found))):
-            yield {what: number}
+) -> Iterator[dict[str, Any]]:
+    """Yield up to `most` moments of every kind, each counted within its kind: how many there are outside of it may vary
+    by what a clock says.
+    """
+    for kind, count in Counter(kinds).items():
+        last = count if count < 20 else count * 9 // 10
+        for number in chosen.sample(range(1, last + 1), k=min(most, last)):
+            yield {"part": kind, what: number}
 
 
 @pytest.mark.soak
@@ -172,5 +172,4 @@ def test_whatever_a_run_does_when_it_dies(
     kinds = survive(tmp_path, variant, lives)
     print(f"{variant}: {sum(kinds.values())} deaths in {len(lives)} runs: {dict(kinds)}")
     assert kinds.total() >= 30
-    for kind in ("generation", "training", "sync", "evaluation", "checkpoint", "metrics row"):
-        assert kinds[kind], kinds
+    assert {*events, *files} <= {*kinds}

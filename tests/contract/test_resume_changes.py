@@ -683,3 +683,13 @@ def test_samples_that_no_checkpoint_can_keep_cost_no_episode(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="column 'odd' holds a object"):
         learn(tmp_path, 5, Odd(), max_replay_episode=1, save_episode_interval=None)
     assert saved(tmp_path) == [2]
+
+
+def test_what_a_crash_left_half_deleted_goes_when_the_run_is_resumed(tmp_path: Path) -> None:
+    learn(tmp_path, 2)
+    root = tmp_path / "checkpoints"
+    of(tmp_path, 1).rename(root / ".removed-7-episode-000001")
+    (root / ".partial-7/modules").mkdir(parents=True)
+    (root / ".latest-7").write_text("episode-000003\n")
+    learn(tmp_path, 2)
+    assert sorted(path.name for path in root.iterdir()) == ["episode-000002", "latest"]
