@@ -204,13 +204,12 @@ def _never_taught(
 
 def _samples_first(flow: Followed, node: NodeColumns) -> bool:
     """Tell whether a step declares that it samples, and so do all steps before it what they make."""
+    samples = ROLLOUT_LOGPROBS in (node.declaration.writes or ())
+    if not samples or not _may_have_weights(node.node.module):
+        return False
     before = (flow.nodes[index] for index in upstream(flow.graph, node.node))
     said = [step.declaration for step in (node, *before)]
-    return (
-        ROLLOUT_LOGPROBS in (node.declaration.writes or ())
-        and all(one.writes is not None and not one.is_learned for one in said)
-        and _may_have_weights(node.node.module)
-    )
+    return all(one.writes is not None and not one.is_learned for one in said)
 
 
 def _untaught(flow: Followed, node: NodeColumns, learners: Sequence[BaseModule]) -> FlowWarning:
