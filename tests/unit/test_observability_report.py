@@ -318,6 +318,17 @@ def test_metrics_find_their_group():
     assert found == names
 
 
+def test_counts_of_failures_are_drawn_only_where_there_are_some():
+    name, other = "outcomes/reward/failed", "eval/outcomes/reward/timed_out"
+    rows = [{"episode": i, "reward/rewards": 1.0, name: 0.0, other: 0.0} for i in (1, 2)]
+    html = curves_html(rows)
+    assert name not in html
+    assert other not in html
+    assert "reward/rewards <b>" in html
+    rows[1][name] = 2.0
+    assert f"{name} <b>" in curves_html(rows)
+
+
 def test_charts():
     ramp = Series("a", list(range(50)), [math.nan if i == 9 else float(i) for i in range(50)])
     drawn = line_chart("t<i>", [ramp])
