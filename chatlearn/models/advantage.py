@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
@@ -76,7 +77,12 @@ class GroupAdvantage(BaseModule):
                     place=f"module {self.name!r}",
                     fix=maker,
                 )
-        rewards = torch.as_tensor(data[columns.REWARDS], dtype=torch.float64)
+        given = data[columns.REWARDS]
+        if isinstance(
+            given, list
+        ):  # None is no number either, and is named with those that are none
+            given = [math.nan if reward is None else reward for reward in cast("list[Any]", given)]
+        rewards = torch.as_tensor(given, dtype=torch.float64)
         self._require_finite(rewards, data)
         groups = self._group_numbers(data[columns.PROMPT_UID])
         result = group_advantages(

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import pytest
 import torch
 
@@ -70,3 +72,15 @@ def test_groups_may_be_named_by_strings():
 def test_an_empty_batch_stays_empty():
     data = {"prompt_uid": torch.empty(0, dtype=torch.int64), "rewards": torch.empty(0)}
     assert GroupAdvantage("advantage").forward_step(data)["advantages"].shape == (0,)
+
+
+@pytest.mark.parametrize("wrong", [None, math.nan, math.inf])
+def test_what_to_do_about_samples_without_a_reward_is_told(wrong):
+    batch = {"uid": [7, 8], "prompt_uid": torch.tensor([0, 0]), "rewards": [1.0, wrong]}
+    with pytest.raises(RewardError, match="1 rewards are not finite") as caught:
+        GroupAdvantage("advantage").forward_step(batch)
+    assert caught.value.place.endswith("sample uids [8]")
+    assert (
+        "on_failure of the module that makes `rewards` to mask, drop_group or retry"
+        in caught.value.fix
+    )
