@@ -93,6 +93,8 @@ def _replaced_wholes(
 
     Who reads everything reads the parts, too; but if a step asks for one of them, the sum may not be wanted.
     """
+    if not any("/" in name for name in node.declaration.writes or ()):
+        return
     made = node.makes()
     if _keys(made).isdisjoint(used):  # said of the whole node
         return
