@@ -42,6 +42,8 @@ class Checkpointing:
         self._resumed_from: Path | None = None
         self.latest: Path | None = None
         """The checkpoint that was written or resumed from last."""
+        self.is_outdated = False
+        """Whether the latest lacks something of its own episode, an evaluation that was made up for."""
         self.has_failed = False
         """Whether one could not be written: trying again at once would only take time."""
         self.settled: set[str] = set()
@@ -133,7 +135,8 @@ class Checkpointing:
             ConfigError: it is written, and `best_metric` names nothing that this episode measured.
         """
         target = checkpoints.path_of(root, state.episode)
-        if self.latest is not None and self.latest.resolve() == target.resolve():
+        is_latest = self.latest is not None and self.latest.resolve() == target.resolve()
+        if is_latest and not self.is_outdated:
             return []
         self._take_down(root, state, sampler, datasets, replay, records)
         self._hook("save_checkpoint", state)
@@ -153,6 +156,7 @@ class Checkpointing:
             raise CheckpointError(
                 f"{error.cause}; not saved is {lost}", place=error.place, fix=error.fix
             ) from error
+        self.is_outdated = False
         notes = [f"checkpoint: {self.latest}", *self._retain(root)]
         if state.episode:  # before the first there are none
             self.refuse_unknown_metric(records.metrics, evaluation=False)

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from chatlearn.checkpointing import refuse_unkeepable
 from chatlearn.config import RuntimeConfig
-from chatlearn.data.feed import Feed
+from chatlearn.data.feed import Dataset, Feed
 from chatlearn.data.replay import Replay
+from chatlearn.data.sampler import PromptSampler
 from chatlearn.data.stream import StreamDataset
 from chatlearn.errors import BatchError, describe_function
 from chatlearn.flow.batching import Batch, size
@@ -125,3 +126,15 @@ def training_work(
         seed=f"{config.seed}/{episode}",
     )
     return TrainWork(graph, stream, samples)
+
+
+def sampler_over_datasets(program: Program, stage: Stage) -> tuple[PromptSampler, list[Dataset]]:
+    """Build the datasets of a run, and what draws prompts from them."""
+    rows, config = program.training_rows, program.config.runtime
+    if not rows:
+        return PromptSampler([1]), []
+    graph = program.graphs.get("env_flow") or program.graphs["trainer_flow"]
+    datasets = stage.build_datasets(graph, rows, is_eval=False)
+    sizes = [len(dataset) for dataset in datasets]
+    ratio, shuffle, seed = config.data_ratio, config.data_shuffle, config.seed
+    return PromptSampler(sizes, ratio=ratio, shuffle=shuffle, seed=seed), datasets

@@ -15,10 +15,9 @@ from chatlearn.checkpoint import rng
 from chatlearn.checkpoint.folder import load_metrics
 from chatlearn.checkpoint.state import RunState
 from chatlearn.checkpointing import Checkpointing
-from chatlearn.data.feed import Dataset, Feed
+from chatlearn.data.feed import Feed
 from chatlearn.data.replay import Replay
-from chatlearn.data.sampler import PromptSampler
-from chatlearn.episode import EpisodeFlows
+from chatlearn.episode import EpisodeFlows, sampler_over_datasets
 from chatlearn.executors import EvalInfo, Evaluator
 from chatlearn.exporting import export_models
 from chatlearn.interruption import Interruption
@@ -55,6 +54,8 @@ class Run:
         self._open_episode: int | None = None
         """The episode under way; its row of metrics is still to be written."""
         self._interruption = Interruption()
+        self._made_up = False
+        """Whether an evaluation was made that the checkpoint resumed from lacked."""
         self._is_whole = True
         """Whether modules are as the end of an episode left them."""
         self._syncs: Syncs | None = None
@@ -106,7 +107,7 @@ class Run:
                 anew=True
             )  # a run starts from what setup() makes, whatever ran before
             self._checkpointing.take_down_weights()
-        self._sampler, self._datasets = self._sampler_over_datasets()
+        self._sampler, self._datasets = sampler_over_datasets(self.program, self.stage)
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
         self._syncs = Syncs(self.program, self.stage, self.config)
         resumed = self._go_on_from(self._resume_from) if self._resume_from is not None else []
@@ -130,6 +131,7 @@ class Run:
         self.state, surprises = self._checkpointing.resume(
             path, self._sampler, self._datasets, self._replay
         )
+        self.state.evaluation_due &= self._evaluator is not None
         folder = self._recorder.folder.path
         surprises += self._recorder.go_on(
             self.program.graphs,
@@ -160,8 +162,10 @@ class Run:
 
     def _finish(self, *, complete: bool) -> None:
         """Leave a checkpoint, the trained model, the report."""
-        if self._open_episode == self.state.episode:
-            self._close_episode()  # interrupted in its evaluation
+        if (
+            self._open_episode == self.state.episode
+        ):  # interrupted in, or right behind, its evaluation
+            self._record_episode() if self.state.evaluation_due else self._close_episode()
         if self.program.data_owner is not None:
             self._save()
         if not complete:
@@ -227,9 +231,12 @@ class Run:
 
     @property
     def evaluates_first(self) -> bool:
-        """Whether to evaluate before the first episode: if asked to, or if nothing else is to be done."""
-        alone = self.program.data_owner is None
-        return alone or (self.config.enable_eval_before_training and self.state.episode == 0)
+        """Whether to evaluate before the first of the episodes that are left.
+
+        That is if asked to, if nothing else is to be done, or if the run was stopped before an evaluation was done.
+        """
+        now = self.program.data_owner is None or self.state.evaluation_due
+        return now or (self.config.enable_eval_before_training and self.state.episode == 0)
 
     def episodes(self) -> Iterator[int]:
         """Yield the episodes that are left, `before_episode` and `after_episode` around each."""
@@ -239,6 +246,9 @@ class Run:
             self._recorder.note(
                 f"nothing left to do: {self.state.episode} of {self.config.num_episode} episodes are done"
             )
+        if self._made_up:  # the rest of that episode is as it would have been
+            self.save_if_due()
+            self._call_after_episode()
         while self.state.episode < self.config.num_episode and not self._interruption.requested:
             self._call_after_episode()  # of the episode that a checkpoint between episodes resumed
             self._recorder.begin_episode(self.state.episode + 1)
@@ -310,6 +320,9 @@ class Run:
         if not first:
             self.state.episode += 1
             self.state.after_episode_due = list(self.stage.runtime.workers)
+            self.state.evaluation_due = self._evaluator is not None and is_due(
+                self.state.episode, self.config.eval_episode_interval
+            )
             self._is_whole, self._rng_to_save = True, None
             self._record.keep()  # only now: a disk that is full must not cost the episode
 
@@ -325,18 +338,30 @@ class Run:
             return {}
         graph = self.program.graphs["eval_flow"]
         info = EvalInfo.of(self.state.episode - 1, self.state.train_iteration)
-        with self._record.evaluation(self.state.episode), self._recorder.phase("evaluation"):
-            results = evaluator.run(
-                self.stage,
-                graph,
-                info,
-                starting=self._recorder.evaluation_starting,
-                observer=self._recorder.evaluation_call,
-                interrupted=lambda: self._interruption.requested,
-                note=self._recorder.note,
-                tap=self._record.tap,
-            )
+        counts = self.stage.iterations.copy()
+        try:
+            with self._record.evaluation(self.state.episode), self._recorder.phase("evaluation"):
+                results = evaluator.run(
+                    self.stage,
+                    graph,
+                    info,
+                    starting=self._recorder.evaluation_starting,
+                    observer=self._recorder.evaluation_call,
+                    interrupted=lambda: self._interruption.requested,
+                    note=self._recorder.note,
+                    tap=self._record.tap,
+                )
+        except BaseException:  # a resumed run makes it again, from its first call
+            self.stage.iterations.clear()
+            self.stage.iterations.update(counts)
+            raise
         self._recorder.evaluation_done(self.state.episode, results, evaluator.metrics)
+        if self.state.evaluation_due and self._open_episode is None:
+            self._made_up = self._checkpointing.is_outdated = True
+            self.result.metrics = self._recorder.amend(
+                self.state.episode, self.state.train_iteration
+            )
+        self.state.evaluation_due = False
         measured = {EVAL + name: value for name, value in evaluator.metrics.items()}
         self._checkpointing.refuse_unknown_metric(measured, evaluation=True)
         return results
@@ -347,21 +372,6 @@ class Run:
             self._save()
 
     # ---- parts ----------------------------------------------------------------------------------------------------
-
-    def _sampler_over_datasets(self) -> tuple[PromptSampler, list[Dataset]]:
-        rows = self.program.training_rows
-        if not rows:
-            return PromptSampler([1]), []
-        graph = self.program.graphs.get("env_flow") or self.program.graphs["trainer_flow"]
-        datasets = self.stage.build_datasets(graph, rows, is_eval=False)
-        sizes = [len(dataset) for dataset in datasets]
-        sampler = PromptSampler(
-            sizes,
-            ratio=self.config.data_ratio,
-            shuffle=self.config.data_shuffle,
-            seed=self.config.seed,
-        )
-        return sampler, datasets
 
     def _account(self, outcome: Outcome) -> None:
         self.state.train_iteration += outcome.steps

@@ -69,6 +69,8 @@ class RunState:
     after_episode_due: list[str] = field(default_factory=list[str])
     """Modules whose `after_episode` of the last episode is still to be called: all of them in a checkpoint between
     episodes, none in one at the end of a run. Empty in checkpoints of versions that never called it on resume."""
+    evaluation_due: bool = False
+    """Whether the evaluation of the last episode is still to be made: it was interrupted, or it failed."""
     files: dict[str, Count] = field(default_factory=dict[str, int])
     """The checkpoint's other files and their bytes, to notice that one is missing or cut off."""
     sequence: Count = 0

@@ -141,6 +141,19 @@ class MetricStore:
         self._lines += self._file.append(row)
         return row
 
+    def amend(self, episode: int, train_iteration: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the row of `episode`, the last one; write one if there is none."""
+        row: Row = json.loads(self._lines[-1]) if self._lines else {}
+        if row.get("episode") != episode:
+            self.write(episode, train_iteration, metrics)
+            return
+        bad = [*(n for n in row.pop("nonfinite", []) if n not in metrics), *nonfinite(metrics)]
+        row |= {name: None if name in bad else float(v) for name, v in metrics.items()}
+        if bad:
+            row["nonfinite"] = bad
+        self._lines[-1] = to_line(row)
+        self._file.replace("".join(self._lines))
+
     def lines(self, episode: int, train_iteration: int, metrics: Mapping[str, float]) -> str:
         """Return what the file will hold once the row of `episode` is written; nothing is written."""
         return "".join([*self._lines, to_line(self._row(episode, train_iteration, metrics, {}))])

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from chatlearn.config import Config, ModuleConfig
 from chatlearn.flow.graph import FlowGraph
+from chatlearn.observability.calls import Call
 from chatlearn.observability.headline import EVAL
 from chatlearn.observability.metrics import KEYS, EpisodeMetrics, MetricStore, Records
 from chatlearn.observability.outcomes import FirstCauses, OutcomeCounts, words
 from chatlearn.observability.program_files import write_program
-from chatlearn.observability.progress import Call as ShownCall
 from chatlearn.observability.progress import Progress
 from chatlearn.observability.report import write_report
 from chatlearn.observability.run_folder import open_folder
@@ -32,21 +32,7 @@ _SHOWN_AS = {
     "record": "recording",
 }
 _TOKENS = "_tokens"
-
-
-class Call(ShownCall, Protocol):
-    """What is known of a finished call of a module, beyond what the display shows of it."""
-
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
-    @property
-    def is_training(self) -> bool: ...
-    @property
-    def outcomes(self) -> Mapping[str, int]: ...
-    @property
-    def cause(self) -> str: ...
+_RECORDED = ("record/bytes", "record/seconds")
 
 
 class Recorder:
@@ -293,6 +279,21 @@ class Recorder:
             self._progress.episode_done(metrics)
         self._show_evaluation()  # only now: the display counts the episode as done
         return metrics
+
+    def amend(self, episode: int, train_iteration: int) -> dict[str, float]:
+        """Add an evaluation to the row of its episode, which was written without it; return the row's metrics."""
+        taken = self._episode.summary()
+        times = {n: taken[n] for n in ("time/evaluation", *_RECORDED) if n in taken}
+        before = {name: self._last.get(name, 0.0) for name in times}
+        summed = {name: before[name] + seconds for name, seconds in times.items()}
+        self._last = {**self._last, **summed, **self._evaluation}
+        added = {**summed, **self._evaluation}
+        self._evaluation = {}
+        self._metrics.amend(episode, train_iteration, added)
+        for tracker in self._trackers:
+            tracker.log(episode, added)
+        self._show_evaluation()
+        return self._last
 
     def records(self, episode: int, train_iteration: int, module_seconds: float) -> Records:
         """Have on disk what was written, and return what a checkpoint behind `episode` keeps of it.

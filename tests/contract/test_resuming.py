@@ -68,9 +68,10 @@ class Drawing(BaseModule):
         self.note("forward_step")
         return data
 
-    def eval_step(self, data: Batch) -> Batch:
-        drawn()
+    def eval_step(self, data: Batch, iteration: int) -> Batch:
+        number = drawn()[0]
         self.world.reach(f"{self.name}.eval_step")
+        self.log(level=sum(self.ended) + number, calls=float(iteration))
         return data
 
     def train_step(self, data_list: list[Batch], iteration: int) -> None:
@@ -307,3 +308,45 @@ def test_a_checkpoint_set_aside_by_a_crash_is_resumed_from(tmp_path: Path, capsy
     assert learn(World(), tmp_path, 3, resume="auto")[0][0] == 3
     assert f"resumed from {path}: 2 episodes" in capsys.readouterr().out
     assert saved(tmp_path) == ["2", "3"]
+
+
+# ---- evaluations that were interrupted, or failed -------------------------------------------------------------------
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.startswith("time")} for row in rows]
+
+
+@pytest.mark.parametrize("interval", [None, 1])
+@pytest.mark.parametrize("last", [3, 5], ids=["in the last episode", "in between"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("wrong")], ids=repr)
+def test_an_evaluation_that_was_not_done_is_made_on_resume(
+    tmp_path: Path, error: BaseException, last: int, interval: int | None
+) -> None:
+    """It is part of its episode's row, before its `after_episode`, and of what checkpoints are ranked by."""
+    more = {"save_episode_interval": interval, "eval_episode_interval": 1}
+    more |= {"keep_last": 1, "keep_best": 1, "best_metric": "eval/first/level"}
+    whole = learn(World(), tmp_path / "whole", last, **more)
+    run = tmp_path / "run"
+    with pytest.raises(Raised):
+        learn(World(("first.eval_step", 3), error), run, last, **more)
+    rows = measured(run)
+    assert [any(name.startswith("eval/") for name in row) for row in rows] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert due(run, 3) == ["first", "second", "last"]
+    again = learn(World(), run, last, resume="auto", **more)
+    assert again == whole[whole.index((3, "first", "after_episode", *again[0][3:])) :]
+    assert measured(run) == measured(tmp_path / "whole")
+    assert due(run, last) == due(tmp_path / "whole", last)
+    if interval:  # what was resumed from stays, and is ranked now
+        found = json.loads((run / "checkpoints/episode-000003/checkpoint.json").read_text())
+        assert found["metrics"]["eval/first/level"] == measured(run)[3]["eval/first/level"]
+        assert not found["evaluation_due"]
+    assert learn(World(), run, last, resume="auto", **more) == []
+    assert measured(run) == measured(tmp_path / "whole")

@@ -172,6 +172,41 @@ def test_every_operation_of_a_write_may_fail(
     assert not [path.name for path in root.iterdir() if path.name.startswith(".")]
 
 
+def test_all_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, the folders that name them, and what `latest` will say; then the renames; then their folder."""
+    done: list[tuple[str, str]] = []
+    opened: dict[int, str] = {}
+    open_, fsync, rename, replace = os.open, os.fsync, os.rename, os.replace
+
+    def opening(path: Any, *rest: Any, **more: Any) -> int:
+        descriptor = open_(path, *rest, **more)
+        opened[descriptor] = str(path)
+        return descriptor
+
+    def noted(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def calling(first: Any, *rest: Any, **more: Any) -> Any:
+            done.append((what, opened[first] if what == "fsync" else str(first)))
+            return call(first, *rest, **more)
+
+        return calling
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "fsync", noted("fsync", fsync))
+    monkeypatch.setattr(os, "rename", noted("rename", rename))
+    monkeypatch.setattr(os, "replace", noted("replace", replace))
+    path = save(tmp_path, 1, 1)
+    renames = [number for number, (what, _) in enumerate(done) if what != "fsync"]
+    partial, pointer = (Path(done[number][1]) for number in renames)
+    inside = [str(partial / found.relative_to(path)) for found in path.rglob("*")]
+    before = {name for what, name in done[: renames[0]]}
+    assert before == {*inside, str(partial), str(pointer), str(tmp_path)}
+    assert len(inside) > 5
+    assert [what for what, _ in done[renames[0] : renames[1] + 1]] == ["rename", "replace"]
+    assert done[renames[1] + 1 :] == [("fsync", str(tmp_path))]
+
+
 def limited(root: Path, limit: int) -> int:
     """Save in a process whose files can have `limit` bytes, and return its exit status: 3 for a named error."""
     child = os.fork()
