@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -43,8 +44,8 @@ def read_rows(path: Path) -> list[Row]:
     return [row for row, _ in _parse(path)]
 
 
-def _parse(path: Path) -> Iterator[tuple[Row, str]]:
-    """Yield rows with their lines."""
+def _parse(path: Path, *, passes_damage: bool = False) -> Iterator[tuple[Row, str]]:
+    """Yield rows with their lines; what is no row is refused, or passed over."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -58,7 +59,7 @@ def _parse(path: Path) -> Iterator[tuple[Row, str]]:
             row = None
         if isinstance(row, dict) and number < last:
             yield cast("Row", row), line
-        elif number < last:
+        elif number < last and not passes_damage:
             raise OutputError(
                 "a line is not a JSON object",
                 place=f"{path}:{number + 1}",
@@ -105,9 +106,22 @@ class JsonlFile:
             _write_all(self._stream, "".join(lines).encode("utf-8"))
         return lines
 
-    def rewind(self, episode: int) -> list[Row]:
-        """Drop the rows of later episodes, atomically, and return the rows that stay."""
-        kept = [(row, line) for row, line in _parse(self.path) if row.get("episode", 0) <= episode]
+    def rewind(self, episode: int, *, passes_damage: bool = False) -> list[Row]:
+        """Drop the rows of later episodes, atomically, and return the rows that stay.
+
+        With `passes_damage` lines that are no rows are dropped, too, and the file is kept as `<name>.damaged.jsonl`.
+
+        Raises:
+            OutputError: a line is no row, and `passes_damage` is false.
+        """
+        try:
+            rows = list(_parse(self.path))
+        except OutputError:
+            if not passes_damage:
+                raise
+            shutil.copyfile(self.path, self.path.with_suffix(".damaged.jsonl"))
+            rows = list(_parse(self.path, passes_damage=True))
+        kept = [(row, line) for row, line in rows if row.get("episode", 0) <= episode]
         if self.path.exists():
             self.replace("".join(line + "\n" for _, line in kept))
         return [row for row, _ in kept]

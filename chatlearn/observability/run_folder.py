@@ -17,6 +17,7 @@ from chatlearn.observability.atomic import write_atomically
 NAMES: Final = (
     "metrics.jsonl",
     "transcripts.jsonl",
+    "transcripts.damaged.jsonl",
     "config.yaml",
     "config_origins.json",
     "summary.json",

@@ -60,8 +60,8 @@ class TranscriptLog:
         return len(rows)
 
     def rewind(self, episode: int) -> int:
-        """Drop the samples of later episodes; return how many stay."""
-        self.count = len(self._file.rewind(episode))
+        """Drop the samples of later episodes; return how many stay. Damage stops no run: the file is for readers."""
+        self.count = len(self._file.rewind(episode, passes_damage=True))
         return self.count
 
     def sync(self) -> None:

@@ -304,6 +304,23 @@ def test_transcripts_that_are_gone_are_told(tmp_path: Path, capsys: Any) -> None
     assert "transcripts.jsonl lacks 10 of the 10 samples that were written to it by then" in out
 
 
+def test_transcripts_that_are_damaged_stop_no_run(tmp_path: Path, capsys: Any) -> None:
+    class Telling(Policy):
+        def forward_step(self, data: Batch) -> Batch:
+            return {**super().forward_step(data), "completion": list(data["prompt"])}
+
+    learn(tmp_path, 2, Telling())
+    path = tmp_path / "transcripts.jsonl"
+    lines = path.read_text().splitlines()
+    damaged = "\n".join([lines[0], "garbage", *lines[2:], ""])
+    path.write_text(damaged)
+    capsys.readouterr()
+    learn(tmp_path, 3, Telling())
+    assert "transcripts.jsonl lacks 1 of the 10 samples" in capsys.readouterr().out
+    assert path.read_text().splitlines()[:9] == [lines[0], *lines[2:]]
+    assert (tmp_path / "transcripts.damaged.jsonl").read_text() == damaged
+
+
 def test_the_curves_go_along_to_another_folder(tmp_path: Path, whole: list[Any]) -> None:
     learn(tmp_path / "a", 3)
     learn(tmp_path / "b", 5, resume=str(of(tmp_path / "a", 2)))
