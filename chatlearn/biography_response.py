@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chatlearn import columns
 from chatlearn.record.nodes import NodeRecord
+from chatlearn.record.recording import tokenizer_of
 
 _SETTINGS = ("temperature", "top_p", "top_k", "max_new_tokens", "stop", "seed")
 _PER_TOKEN = tuple(c.name for c in columns.COLUMNS.values() if c.shape.endswith("[T_i]"))
@@ -75,7 +76,7 @@ def make_response(
 
 
 def add_pieces(responses: Sequence[Response], run: Path, models: Mapping[str, Any]) -> list[str]:
-    """Give every response its tokens as text, if a tokenizer lies in the run's exported model or a local folder.
+    """Give every response its tokens as text, if a tokenizer lies in the record, the exported model or a local folder.
 
     Returns:
         What is missing for it.
@@ -86,11 +87,15 @@ def add_pieces(responses: Sequence[Response], run: Path, models: Mapping[str, An
         settings: Mapping[str, Any] = models.get(module, {})
         given = (settings.get("tokenizer"), settings.get("model"))
         exported = (run / "model", *sorted(path for path in (run / "model").glob("*/")))
-        folders = [*exported, *(Path(name) for name in given if isinstance(name, str))]
+        folders = [
+            tokenizer_of(run / "record", module),
+            *exported,
+            *(Path(name) for name in given if isinstance(name, str)),
+        ]
         tokenizer = next((t for t in map(_load_tokenizer, folders) if t is not None), None)
         if tokenizer is None:
             missing.append(
-                f"tokens of {response.node} as text: there is no tokenizer in {run / 'model'}"
+                f"tokens of {response.node} as text: no tokenizer is recorded, or exported to {run / 'model'}"
             )
         else:
             response.pieces = [tokenizer.decode([token]) for token in response.token_ids]

@@ -143,7 +143,8 @@ def _print_tokens(
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  token", justify="right")
     table.add_column("id", justify="right")
-    table.add_column("text")
+    if response.pieces is not None:
+        table.add_column("text")
     names = list(response.per_token)
     for name in names:
         table.add_column(_HEADINGS[name], justify="right")
@@ -154,10 +155,11 @@ def _print_tokens(
         table.add_column(f"ratio in {update.update}", justify="right")
     for token in shown:
         if token < 0:
-            table.add_row("  ...", "", f"{count - _HEAD - _TAIL} more")
+            table.add_row("  ...", f"{count - _HEAD - _TAIL} more")
             continue
-        text = repr(response.pieces[token])[1:-1] if response.pieces is not None else ""
-        cells = [f"  {token}", str(response.token_ids[token]), text]
+        cells = [f"  {token}", str(response.token_ids[token])]
+        if response.pieces is not None:
+            cells.append(repr(response.pieces[token])[1:-1])
         cells += [_value(response.per_token[name][token]) for name in names]
         cells += [_ratio(update, token) for update in followed]
         table.add_row(*(Text(cell) for cell in cells))

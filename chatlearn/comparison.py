@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from chatlearn.flow.batching import Batch
 from chatlearn.record.nodes import ABSENT, NodeRecord
@@ -28,9 +28,11 @@ class NumberDifference:
     largest: float
     """Largest absolute difference of a step's."""
     recorded: float | None
-    """Of the first step that differs, else of the first."""
+    """Of the step that differs most, else of the first."""
     made: float | None
     """Of the same step."""
+    update: int
+    """Number of that step in the run, from 1."""
 
 
 @dataclass
@@ -121,8 +123,10 @@ def _compare_steps(record: NodeRecord, calls: Sequence[Again]) -> NodeComparison
         comparison.remarks.append(f"{len(made)} updates now, {len(recorded)} then")
     then = [recorded[step].entry.numbers for step in both]
     now = [made[step].numbers for step in both]
+    before = int(record.flow.episode.meta["train_iteration"])
+    updates = [before + cast("int", step) + 1 for step in both]
     for name in dict.fromkeys(name for numbers in (*then, *now) for name in numbers):
-        comparison.numbers.append(_compare_numbers(name, then, now))
+        comparison.numbers.append(_compare_numbers(name, then, now, updates))
     columns: dict[str, tuple[list[Any], list[Any], list[Any]]] = {}
     for step in both:
         uids = iter(recorded[step].uids)
@@ -144,16 +148,24 @@ def _size(batch: Batch) -> int:
 
 
 def _compare_numbers(
-    name: str, then: Sequence[Mapping[str, float]], now: Sequence[Mapping[str, float]]
+    name: str,
+    then: Sequence[Mapping[str, float]],
+    now: Sequence[Mapping[str, float]],
+    updates: Sequence[int],
 ) -> NumberDifference:
     pairs = [(old.get(name), new.get(name)) for old, new in zip(then, now, strict=True)]
-    apart = [(old, new) for old, new in pairs if not _equal(old, new)]
-    gaps = [
-        math.inf if old is None or new is None or math.isnan(old - new) else abs(old - new)
-        for old, new in apart
-    ]
-    shown = (apart or pairs)[0]
-    return NumberDifference(name, len(pairs), len(apart), max(gaps, default=0.0), *shown)
+    gaps = [_gap(old, new) for old, new in pairs]
+    most = gaps.index(max(gaps))
+    differing = sum(not _equal(old, new) for old, new in pairs)
+    return NumberDifference(name, len(pairs), differing, gaps[most], *pairs[most], updates[most])
+
+
+def _gap(old: float | None, new: float | None) -> float:
+    if _equal(old, new):
+        return 0.0
+    if old is None or new is None or math.isnan(old - new):
+        return math.inf
+    return abs(old - new)
 
 
 def _equal(old: float | None, new: float | None) -> bool:

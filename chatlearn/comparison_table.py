@@ -32,7 +32,11 @@ def print_replay(replay: Replay, console: Console) -> None:
     verdict = f"differs from the record: {', '.join(differing)}"
     if not differing:
         verdict = "equal to the record, bit for bit"
-    style = "bold yellow" if differing else "bold green"
+        if replay.left_out:
+            verdict = f"what ran is {verdict}"
+    if replay.left_out:
+        verdict += f"; left out: {', '.join(replay.left_out)}"
+    style = "bold yellow" if differing or replay.left_out else "bold green"
     console.print(Text(f"episode {replay.episode}: {verdict}", style=style))
 
 
@@ -51,7 +55,8 @@ def print_comparison(comparison: NodeComparison, console: Console) -> None:
         table.add_column(heading, overflow="fold")
     for item in comparison.numbers:
         result = "equal" if not item.differing else f"{item.differing} of {item.steps} differ"
-        where = f"{_shown(item.recorded)} then, {_shown(item.made)} now" if item.differing else ""
+        values = f"update {item.update}: {_shown(item.recorded)} then, {_shown(item.made)} now"
+        where = values if item.differing else ""
         largest = item.largest if item.differing else None
         _add_row(table, item.name, not item.differing, result, largest, where)
     for column in comparison.columns:

@@ -29,6 +29,8 @@ class Selection:
     trainer: set[str] = field(default_factory=set[str])
     evaluation: set[str] = field(default_factory=set[str])
     notes: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
+    """Nodes that belong to what was asked for and cannot run."""
 
     @property
     def trains(self) -> bool:
@@ -108,7 +110,7 @@ def select_episode(program: Program, episode: EpisodeRecord, keep: Collection[st
         selection.trainer = {node.name for node in trainer.nodes}
     done = episode.number - 1
     if selection.env and selection.trains and done and not checkpoint_of(episode, done).is_dir():
-        selection.trainer = set()
+        selection.left_out, selection.trainer = sorted(selection.trainer), set()
         selection.notes.append(
             f"train steps are left out: there is no checkpoint of episode {done} to begin them from; "
             "runtime.save_episode_interval=1 keeps one after every episode"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from chatlearn import __version__
 from chatlearn.checkpoint.rng import rng_states
@@ -15,8 +15,10 @@ from chatlearn.config import given_on_command_line
 from chatlearn.observability.numbers import quantity
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
-from chatlearn.record.recording import Recording, recorded_episodes, rewind, tidy
+from chatlearn.record.recording import Recording, recorded_episodes, rewind, tidy, tokenizer_of
 from chatlearn.stage import Stage
+
+TRAINER: Final = "trainer_flow"
 
 
 class RunRecord:
@@ -50,6 +52,23 @@ class RunRecord:
                 states=rng_states,
                 note=recorder.note,
             )
+            self._keep_tokenizers(program)
+
+    def _keep_tokenizers(self, program: Program) -> None:
+        """Keep what turns token ids into text, of every module that samples; without it a record is one in ids."""
+        modules = {
+            m.name: m for name, g in program.graphs.items() if name != TRAINER for m in g.modules
+        }
+        for name, module in modules.items():
+            save: Any = getattr(getattr(module, "tokenizer", None), "save_pretrained", None)
+            if not callable(save):
+                continue
+            try:
+                save(tokenizer_of(self._root, name))
+            except Exception as error:  # noqa: BLE001 - no run fails for want of its text
+                self._recorder.note(
+                    f"not recorded: the tokenizer of {name}: {type(error).__name__}: {error}"
+                )
 
     @contextmanager
     def episode(self, number: int, train_iteration: int) -> Generator[None]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,13 +46,15 @@ class Replay:
     uids: dict[str, list[list[int]]] = field(default_factory=dict[str, list[list[int]]], repr=False)
     """Uids of the samples in each of these batches; none of train steps."""
     changes: list[str] = field(default_factory=list[str])
-    """Settings that are not as they were in the run."""
+    """The script, its arguments and settings, where they are not as they were in the run."""
     notes: list[str] = field(default_factory=list[str])
     """What is not exact, and what was taken from the record."""
+    left_out: list[str] = field(default_factory=list[str])
+    """Nodes that belong to the episode, but could not run: nothing is known of them."""
 
     @property
     def is_equal(self) -> bool:
-        """Whether everything is as it was, bit for bit."""
+        """Whether everything that ran is as it was, bit for bit; what is `left_out` did not."""
         return all(node.is_equal for node in self.nodes)
 
 
@@ -108,6 +111,7 @@ def replay(
         replayed = _in_script(chosen.start, script, arguments, overrides, act)
     finally:
         restore_rng(states)
+    replayed.changes[:0] = _changed_start(chosen.start, script, arguments)
     if target is not None:
         write_outputs(replayed, target)
     return replayed
@@ -197,7 +201,21 @@ def _run_again(
         {name: [call.came_out for call in calls] for name, calls in again.made.items()},
         changed_settings(episode.start["config"], program),
         again.notes,
+        selection.left_out,
     )
+
+
+def _changed_start(
+    start: Mapping[str, Any], script: str | Path | None, arguments: Sequence[str] | None
+) -> list[str]:
+    """Return what of the command is not as it was: the script's path, its arguments."""
+    now = start["script"] if script is None else str(Path(script).resolve())
+    given = start["arguments"] if arguments is None else list(arguments)
+    pairs = (
+        ("script", start["script"] or "none", now),
+        ("arguments", shlex.join(start["arguments"]) or "none", shlex.join(given) or "none"),
+    )
+    return [f"{what}: {then} then, {now} now" for what, then, now in pairs if then != now]
 
 
 def changed_settings(then: Mapping[str, Any], program: Program) -> list[str]:
@@ -226,6 +244,12 @@ def _checked_out(out: str | Path | None, node: str | None, record: RunRecord) ->
     path = Path(out).resolve()
     if node is None:
         raise ConfigError("a file keeps what one node returned", fix="name the node with --node")
+    if path.suffix != ".parquet":
+        raise OutputError(
+            "a replay's outputs are written as Parquet, and this name says otherwise",
+            place=str(path),
+            fix=f"name it {path.stem}.parquet",
+        )
     if path.is_relative_to(record.root.resolve()):
         raise OutputError(
             "a run's record is never changed", place=str(path), fix="write to another folder"

@@ -5,6 +5,7 @@
 
     record/
       start-000000.json       how the run was started: script, arguments, resolved configuration; one per (re)start
+      tokenizers/policy/      of modules that sample: what their token ids mean
       episode-000007/         appears whole, when the episode is done
         episode.json          where it began: counts of calls; which start it belongs to
         random.pt             states of the global random generators that calls found
@@ -27,6 +28,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
+from urllib.parse import quote
 
 import torch
 
@@ -49,6 +51,11 @@ States = Callable[[], dict[str, Any]]
 def path_of(root: Path, episode: int) -> Path:
     """Return where the record of an episode (from 1; 0: before the first) lies."""
     return root / f"episode-{episode:06d}"
+
+
+def tokenizer_of(root: Path, module: str) -> Path:
+    """Return where the tokenizer of a module that samples lies, if it has one."""
+    return root / "tokenizers" / quote(module, safe="")
 
 
 def recorded_episodes(root: Path) -> dict[int, Path]:
