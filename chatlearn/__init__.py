@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chatlearn.flow.trace import ControlDependencies
     from chatlearn.module import BaseModule
     from chatlearn.presets import DPOEngine, EvalEngine, GRPOEngine, OnlineDPOEngine, RLHFEngine
-    from chatlearn.time_travel import replay
+    from chatlearn.rerun.replay import replay
 
 
 __version__ = "0.1.0"
@@ -65,7 +65,7 @@ _HOME = {
     "Trainer": "chatlearn.executors",
     "declares": "chatlearn.flow.declaration",
     "init": "chatlearn.config",
-    "replay": "chatlearn.time_travel",
+    "replay": "chatlearn.rerun.replay",
 }
 
 

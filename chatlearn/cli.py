@@ -193,12 +193,12 @@ def replay(
 ) -> None:
     """Run part of a recorded episode again, with the code of now, and compare."""
     with _errors_reported(run_folder):
-        from chatlearn import time_travel
-        from chatlearn.comparison_table import print_replay
+        from chatlearn.rerun import replay as rerun
+        from chatlearn.rerun.table import print_replay
 
-        path = time_travel.script_of(run_folder, episode, script)
+        path = rerun.script_of(run_folder, episode, script)
         with _errors_reported(path):
-            replayed = time_travel.replay(
+            replayed = rerun.replay(
                 run_folder,
                 episode=episode,
                 node=node,
@@ -228,8 +228,8 @@ def why(
 ) -> None:
     """Tell a recorded sample's story: tokens, rewards, advantage, and every update it was in."""
     with _errors_reported(run_folder):
-        from chatlearn.biography import biography
-        from chatlearn.biography_text import print_biography, to_json
+        from chatlearn.biography.story import biography
+        from chatlearn.biography.text import print_biography, to_json
 
         life = biography(run_folder, uid, evaluation=evaluation, episode=episode)
         if as_json:

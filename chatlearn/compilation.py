@@ -9,26 +9,26 @@ from functools import partial
 from pathlib import Path
 
 from chatlearn.arithmetic import check_updates
-from chatlearn.column_checks import check_columns, follow
-from chatlearn.column_warnings import warn_of_columns
-from chatlearn.config import Config
-from chatlearn.data.replay import ReplaySampler
-from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowError, OutputError
-from chatlearn.flow.trace import check_names
-from chatlearn.module import call_hook, resolve_config, resolved_config
-from chatlearn.program import Executor, Program, SyncPair
-from chatlearn.program_checks import (
+from chatlearn.checks.column_warnings import warn_of_columns
+from chatlearn.checks.columns import check_columns, follow
+from chatlearn.checks.notes import note_what_is_idle, note_what_may_surprise
+from chatlearn.checks.program import (
     check_data,
     check_failures,
     check_placement,
     check_replay,
     warn_of_groups,
 )
-from chatlearn.program_notes import note_what_is_idle, note_what_may_surprise
+from chatlearn.checks.syncs import check_sync_parameters, check_syncs
+from chatlearn.config import Config
+from chatlearn.data.replay import ReplaySampler
+from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowError, OutputError
+from chatlearn.flow.trace import check_names
+from chatlearn.module import call_hook, resolve_config, resolved_config
+from chatlearn.program import Executor, Program, SyncPair
 from chatlearn.ranking import check_best_metric
 from chatlearn.runtime.flow_run import FlowRun
 from chatlearn.runtime.protocol import node_specs
-from chatlearn.sync_checks import check_sync_parameters, check_syncs
 
 
 def compile_program(
@@ -119,7 +119,7 @@ def _check_columns(program: Program, *, dry_run: bool) -> None:
     """Find missing and mistyped columns, and what is made in vain."""
     learned = None
     if dry_run:
-        from chatlearn.dry_run import try_steps
+        from chatlearn.checks.dry_run import try_steps
 
         trial = try_steps(program)
         program.notes += trial.notes

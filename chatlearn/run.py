@@ -25,8 +25,8 @@ from chatlearn.module import BaseModule, mark_running
 from chatlearn.observability.headline import EVAL
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
+from chatlearn.record_keeping import RecordKeeping
 from chatlearn.result import RunResult
-from chatlearn.run_record import RunRecord
 from chatlearn.runtime.work import Outcome
 from chatlearn.runtime.worker import Where
 from chatlearn.stage import Results, Stage
@@ -111,7 +111,7 @@ class Run:
         self._plan = self.program.plan(sum(map(len, self._datasets))) if self._datasets else None
         self._syncs = Syncs(self.program, self.stage, self.config)
         resumed = self._go_on_from(self._resume_from) if self._resume_from is not None else []
-        self._record = RunRecord(self.program, self.stage, self._recorder, done)
+        self._record = RecordKeeping(self.program, self.stage, self._recorder, done)
         self._flows = EpisodeFlows(
             self.program,
             self.stage,

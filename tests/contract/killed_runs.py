@@ -51,8 +51,8 @@ from chatlearn.models import (
 )
 from chatlearn.observability import jsonl
 from chatlearn.observability.recorder import Recorder
+from chatlearn.record_keeping import RecordKeeping
 from chatlearn.run import Run
-from chatlearn.run_record import RunRecord
 from chatlearn.stage import Stage
 from chatlearn.testing import tiny_pair
 
@@ -168,7 +168,7 @@ PARTS: dict[str, list[Callable[..., Any]]] = {
     "retention": [Retention.apply],
     "metrics row": [Recorder.episode_done],
     "transcripts": [Recorder.samples],
-    "record": [RunRecord.keep],
+    "record": [RecordKeeping.keep],
     "end of the run": [Run._finish],
 }
 

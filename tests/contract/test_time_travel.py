@@ -16,12 +16,12 @@ import torch
 
 import chatlearn
 from chatlearn import config
-from chatlearn.biography import biography
+from chatlearn.biography.story import biography
 from chatlearn.cli import main
 from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, RecordError
 from chatlearn.record.reading import RunRecord
+from chatlearn.rerun.replay import Replay
 from chatlearn.script import execute
-from chatlearn.time_travel import Replay
 
 SCRIPT = '''
 import sys

@@ -55,7 +55,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found: Seen = {}
     monkeypatch.setattr(Spy, "seen", found, raising=False)
     monkeypatch.setattr(Spy, "_entered", {}, raising=False)
-    monkeypatch.setattr("chatlearn.run_record.Recording", Spy)
+    monkeypatch.setattr("chatlearn.record_keeping.Recording", Spy)
     return found
 
 

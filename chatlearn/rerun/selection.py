@@ -14,7 +14,7 @@ from chatlearn.flow.graph import FlowGraph
 from chatlearn.program import Program
 from chatlearn.record.nodes import NodeRecord
 from chatlearn.record.reading import EpisodeRecord, FlowRecord
-from chatlearn.rerun_weights import checkpoint_of
+from chatlearn.rerun.weights import checkpoint_of
 
 ENV: Final = "env_flow"
 TRAINER: Final = "trainer_flow"

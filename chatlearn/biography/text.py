@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from chatlearn import columns
-from chatlearn.biography import Biography, Update
-from chatlearn.biography_advantage import Advantage
-from chatlearn.biography_response import Response
+from chatlearn.biography.advantage import Advantage
+from chatlearn.biography.response import Response
+from chatlearn.biography.story import Biography, Update
 from chatlearn.observability.jsonl import json_safe
 
 if TYPE_CHECKING:

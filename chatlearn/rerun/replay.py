@@ -13,15 +13,15 @@ from typing import Any, cast
 
 from chatlearn.checkpoint.rng import restore_rng, rng_states
 from chatlearn.columns import UID
-from chatlearn.comparison import NodeComparison, compare
 from chatlearn.config import command_line
 from chatlearn.errors import ConfigError, DataError, OutputError, RecordError
 from chatlearn.flow.batching import Batch
 from chatlearn.program import Program, raise_problems
 from chatlearn.record.reading import EpisodeRecord, RunRecord
 from chatlearn.record.table import write_batches
-from chatlearn.rerun import Rerun
-from chatlearn.rerun_selection import select_episode, select_node
+from chatlearn.rerun.again import Rerun
+from chatlearn.rerun.comparison import NodeComparison, compare
+from chatlearn.rerun.selection import select_episode, select_node
 from chatlearn.script import inspect
 
 _OWN = ("output_dir", "resume", "trackers", "record", "record_last", "keep_last", "keep_best")

@@ -21,7 +21,7 @@ from chatlearn.stage import Stage
 TRAINER: Final = "trainer_flow"
 
 
-class RunRecord:
+class RecordKeeping:
     """Record a run if `runtime.record` says so; else leave alone what runs, and tidy what lies there.
 
     Args:

@@ -9,13 +9,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from chatlearn.comparison import NodeComparison
 from chatlearn.record.sameness import Difference
+from chatlearn.rerun.comparison import NodeComparison
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chatlearn.time_travel import Replay
+    from chatlearn.rerun.replay import Replay
 
 
 def print_replay(replay: Replay, console: Console) -> None:

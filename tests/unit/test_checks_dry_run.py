@@ -14,7 +14,7 @@ import torch
 
 import chatlearn
 from chatlearn import BaseModule, Engine, Environment, Evaluator, Trainer, declares
-from chatlearn.dry_run import DryRun, Watched, try_steps
+from chatlearn.checks.dry_run import DryRun, Watched, try_steps
 from chatlearn.models import FunctionReward, GroupAdvantage, PolicyInference, PolicyTrainer
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
@@ -222,7 +222,7 @@ NOT_LEARNED: dict[str, tuple[Callable[[], BaseModule], str]] = {
     "another KeyError": (lambda: Does("m", lambda data: {}["x"]), "it raised KeyError: 'x'"),
     "a deadline": (
         lambda: Does("m", hangs),
-        r"longer than 0.2 s, and was at .*test_dry_run.py:\d+",
+        r"longer than 0.2 s, and was at .*test_checks_dry_run.py:\d+",
     ),
     "no copy": (lambda: Locked("m", add()), "it cannot be copied"),
     "no batch": (lambda: Does("m", lambda data: 3), "must return a dict of columns"),

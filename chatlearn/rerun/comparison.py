@@ -12,7 +12,7 @@ from chatlearn.flow.batching import Batch
 from chatlearn.record.nodes import ABSENT, NodeRecord
 from chatlearn.record.reading import EpisodeRecord
 from chatlearn.record.sameness import Difference, compare_columns
-from chatlearn.rerun import Again
+from chatlearn.rerun.again import Again
 
 _SHOWN = 5
 

@@ -32,8 +32,8 @@ from chatlearn.record.nodes import NodeRecord
 from chatlearn.record.reading import EpisodeRecord, FlowRecord
 from chatlearn.record.sameness import same_column
 from chatlearn.record.stand_in import RecordedFeed, StandIn, assemble, with_stand_ins
-from chatlearn.rerun_selection import ENV, EVAL, TRAINER, Selection
-from chatlearn.rerun_weights import bring_weights, with_sources
+from chatlearn.rerun.selection import ENV, EVAL, TRAINER, Selection
+from chatlearn.rerun.weights import bring_weights, with_sources
 from chatlearn.runtime.protocol import Call
 from chatlearn.runtime.scheduler import Iterations
 from chatlearn.runtime.work import FlowWork, TrainWork

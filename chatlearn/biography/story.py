@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from chatlearn import columns
-from chatlearn.biography_advantage import Advantage, explain_advantage
-from chatlearn.biography_response import Response, add_pieces, make_response, plain
+from chatlearn.biography.advantage import Advantage, explain_advantage
+from chatlearn.biography.response import Response, add_pieces, make_response, plain
 from chatlearn.errors import RecordError
 from chatlearn.record.nodes import ABSENT, NodeRecord
 from chatlearn.record.reading import (

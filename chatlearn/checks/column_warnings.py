@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from chatlearn.column_checks import Followed, upstream
+from chatlearn.checks.columns import Followed, upstream
 from chatlearn.columns import ROLLOUT_LOGPROBS
 from chatlearn.flow.column_flow import NodeColumns, Origin, returned
 from chatlearn.module import BaseModule, has_model

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from chatlearn.column_checks import declared_step
+from chatlearn.checks.columns import declared_step
 from chatlearn.columns import COLUMNS
 from chatlearn.data.feed import Feed
 from chatlearn.data.prompts import PromptDataset, Rows
