@@ -14,8 +14,6 @@ parts of the checkpoint's time, `verify_s_<MB>` is reading all of it before setu
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import statistics
@@ -27,6 +25,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from harness import conclude, options, pin_threads
 
 REACH = 1.3
 WARM_UP = 2
@@ -192,15 +192,11 @@ def measure(megabytes: int, repeats: int, folder: Path) -> dict[str, float]:
 
 def main() -> int:
     """Measure every size, print the table and say whether the reach was met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two small sizes, few repeats")
+    parser = options(__doc__, "two small sizes, few repeats")
     parser.add_argument("--repeats", type=int, default=0, help="pairs per size")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
-    parser.add_argument("--results", type=Path, help="write the JSON object to this file, too")
     arguments = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    pin_threads()
     print(f"{'MB':>8}{'s':>10}{'bare s':>10}{'ratio':>8}{'GB/s':>8}", end="")
     print(f"{'digest':>9}{'fsync':>8}{'verify s':>10}{'load s':>9}")
     figures: dict[str, float] = {}
@@ -209,17 +205,9 @@ def main() -> int:
             repeats = arguments.repeats or (3 if arguments.quick else 7)
             figures |= measure(megabytes, repeats, Path(folder))
     largest = [value for name, value in figures.items() if name.startswith("ratio_")][-1]
-    reached = largest < REACH
-    print(
-        f"reach: a large checkpoint in less than {REACH} times a bare one's: "
-        f"{'pass' if reached else 'FAIL'} ({largest})"
-    )
-    if arguments.results is not None:
-        arguments.results.write_text(json.dumps(figures) + "\n")
-    print(json.dumps(figures))
-    return 0 if reached else 1
+    reach = f"a large checkpoint in less than {REACH} times a bare one's: {{}} ({largest})"
+    return conclude(figures, arguments.results, reach, reached=largest < REACH)
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     sys.exit(main())

@@ -15,19 +15,17 @@ time over the plain loop's, `us_per_call_...` what the engine adds to a call.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from harness import conclude, options, pin_threads
 
 REACH_MS, REACH_SAMPLES = 50.0, 16
 QUICK = [(16, None), (16, 1), (1024, None), (1024, 16)]
@@ -171,14 +169,10 @@ def measure(samples: int, size: int | None, episodes: int) -> dict[str, float]:
 
 def main() -> int:
     """Run every configuration, print the table and say whether the reach was met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few episodes, no 1,024 single calls")
+    parser = options(__doc__, "few episodes, no 1,024 single calls")
     parser.add_argument("--episodes", type=int, default=0, help="pairs per configuration")
-    parser.add_argument("--results", type=Path, help="write the JSON object to this file, too")
     arguments = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    pin_threads()
     print(f"{'samples':>8}{'batch':>7}{'calls':>8}{'engine ms':>12}{'plain ms':>12}", end="")
     print(f"{'us/call':>12}{'ratio':>9}")
     figures: dict[str, float] = {}
@@ -194,17 +188,10 @@ def main() -> int:
         figures["ratio_growth"] = round(
             figures["us_per_call_4096_1"] / figures["us_per_call_256_1"], 3
         )
-    reached = figures[f"ms_{REACH_SAMPLES}"] < REACH_MS
-    print(
-        f"reach: < {REACH_MS:.0f} ms per episode of {REACH_SAMPLES} samples: "
-        f"{'pass' if reached else 'FAIL'} ({figures[f'ms_{REACH_SAMPLES}']:.2f} ms)"
-    )
-    if arguments.results is not None:
-        arguments.results.write_text(json.dumps(figures) + "\n")
-    print(json.dumps(figures))
-    return 0 if reached else 1
+    taken = figures[f"ms_{REACH_SAMPLES}"]
+    reach = f"< {REACH_MS:.0f} ms per episode of {REACH_SAMPLES} samples: {{}} ({taken:.2f} ms)"
+    return conclude(figures, arguments.results, reach, reached=taken < REACH_MS)
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     sys.exit(main())

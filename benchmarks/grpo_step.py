@@ -7,6 +7,7 @@ cannot be sampled, so no side saves tokens. The loop by hand is what a careful p
 cache, log-probs kept from sampling, logits only where they are needed, one padded batch.
 
     python benchmarks/grpo_step.py [--quick] [--threads 1] [--device cpu] [--dtype fp32]
+        [--results FILE]
 
 The last line is one JSON object; `ratio_<model>_<tokens>` is chatlearn's median seconds per
 episode over the hand-written loop's, the median of the pairwise ratios.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness import conclude, options, pin_threads
+
+REACH = 1.05
 PROMPTS, GROUP, PROMPT_TOKENS, VOCAB = 16, 8, 20, 64
 CPU_SIZES = {"0.8M": (128, 4, 384), "4.8M": (256, 6, 768)}
 GPU_SIZES = {"0.5B": (1024, 28, 3072)}
@@ -314,10 +317,9 @@ def report(
     }
 
 
-def main() -> None:
+def main() -> int:
     """Run every configuration and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few episodes, the small model only")
+    parser = options(__doc__, "few episodes, the small model only")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
@@ -326,13 +328,10 @@ def main() -> None:
     parser.add_argument("--size", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    import torch
-
-    torch.set_num_threads(arguments.threads)
+    pin_threads(arguments.threads)
     if arguments.only:
         run_alone(arguments)
-        return
+        return 0
     sizes = GPU_SIZES if arguments.device == "cuda" else CPU_SIZES
     lengths = [32, 128]
     if arguments.quick:
@@ -346,8 +345,10 @@ def main() -> None:
                 peak_memory(side, name, tokens, arguments) for side in ("hand", "chatlearn")
             )
             figures |= report(name, tokens, measured, peaks)
-    figures |= {"threads": arguments.threads}
-    print(json.dumps(figures))
+    figures["threads"] = arguments.threads
+    worst = max(figures[f"ratio_{name}_{tokens}"] for name in sizes for tokens in lengths)
+    reach = f"at most {REACH} times the seconds of the loop by hand: {{}} ({worst:.3f})"
+    return conclude(figures, arguments.results, reach, reached=worst <= REACH)
 
 
 if __name__ == "__main__":

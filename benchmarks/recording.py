@@ -16,17 +16,17 @@ with other compression, `ratio_copied` what they would hold if every node's inpu
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from harness import conclude, options, pin_threads
 
 REACH_RATIO = 1.05
 PROMPTS, GROUP, TOKENS = 32, 8, 32
@@ -174,14 +174,10 @@ def copied(run_folder: Path, number: int) -> float:
 
 def main() -> int:
     """Run both sides, print the figures and say whether the reach was met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two rounds of few episodes")
+    parser = options(__doc__, "two rounds of few episodes")
     parser.add_argument("--rounds", type=int, default=0, help="runs of either side")
-    parser.add_argument("--results", type=Path, help="write the JSON object to this file, too")
     arguments = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    pin_threads()
     rounds = arguments.rounds or (2 if arguments.quick else 4)
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder) / "warm-up", 1, record=True)
@@ -192,17 +188,10 @@ def main() -> int:
         figures["ratio_copied"] = round(copied(recorded, 2), 2)
     for name, value in figures.items():
         print(f"{name:<22}{value:>14,.4g}" if value < 1e5 else f"{name:<22}{value:>14,.0f}")
-    reached = figures["ratio_record"] < REACH_RATIO - 1
-    print(
-        f"reach: recording takes < {REACH_RATIO - 1:.0%} of an episode: "
-        f"{'pass' if reached else 'FAIL'} ({figures['ratio_record']:.2%})"
-    )
-    if arguments.results is not None:
-        arguments.results.write_text(json.dumps(figures) + "\n")
-    print(json.dumps(figures))
-    return 0 if reached else 1
+    share, most = figures["ratio_record"], REACH_RATIO - 1
+    reach = f"recording takes < {most:.0%} of an episode: {{}} ({share:.2%})"
+    return conclude(figures, arguments.results, reach, reached=share < most)
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     sys.exit(main())

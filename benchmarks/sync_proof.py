@@ -14,11 +14,9 @@ The last line is one JSON object: `ratio_<model>_<from>_<to>` is a sync's median
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -35,6 +33,7 @@ from grpo_step import (
     make_tokenizer,
     reward_of,
 )
+from harness import conclude, options, pin_threads
 
 REACH, TOKENS, EVERY = 0.02, 32, 10
 
@@ -150,15 +149,9 @@ def time_episodes(name: str, episodes: int) -> dict[str, float]:
 
 def main() -> int:
     """Run everything, print both tables and say whether the reach was met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="few repetitions, the small model only"
-    )
-    parser.add_argument("--results", type=Path, help="write the JSON object to this file, too")
+    parser = options(__doc__, "few repetitions, the small model only")
     arguments = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    pin_threads()
     names = list(CPU_SIZES)[:1] if arguments.quick else list(CPU_SIZES)
     figures: dict[str, float] = {}
     print(f"{'one sync':20}{'copy ms':>10}{'sync ms':>10}{'proof ms':>10}{'ratio':>9}")
@@ -170,14 +163,9 @@ def main() -> int:
         tables |= time_episodes(name, 3 if arguments.quick else 10)
     figures |= tables
     worst = max(figures[key] for key in figures if key.startswith("ratio_episode"))
-    verdict = "pass" if worst < REACH else "FAIL"
-    print(f"reach: < {REACH:.0%} of an episode: {verdict} ({worst:.2%})")
-    if arguments.results is not None:
-        arguments.results.write_text(json.dumps(figures) + "\n")
-    print(json.dumps(figures))
-    return 0 if worst < REACH else 1
+    reach = f"< {REACH:.0%} of an episode: {{}} ({worst:.2%})"
+    return conclude(figures, arguments.results, reach, reached=worst < REACH)
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     sys.exit(main())
