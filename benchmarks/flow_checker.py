@@ -120,7 +120,7 @@ def time_checks(times: int) -> dict[str, float]:
 
 
 def time_command(times: int) -> dict[str, float]:
-    """Time the command and, in the same way, what importing torch alone takes."""
+    """Time the command and, in the same way, what importing torch takes, which the command does not."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "train.py"
         script.write_text(textwrap.dedent(SCRIPT))
@@ -130,7 +130,7 @@ def time_command(times: int) -> dict[str, float]:
 
         command = median_s(lambda: run("-m", "chatlearn.cli", "check", str(script)), times)
         torch = median_s(lambda: run("-c", "import torch"), times)
-    print(f"chatlearn check train.py: {command:.2f} s, of which `import torch` {torch:.2f} s")
+    print(f"chatlearn check train.py: {command:.2f} s; `import torch` alone: {torch:.2f} s")
     return {"command_s": round(command, 3), "command_import_torch_s": round(torch, 3)}
 
 

@@ -23,7 +23,7 @@ from chatlearn.data.fingerprint import fingerprint, name_of
 from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.errors import CheckpointError, ConfigError, DataError
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.module import BaseModule, call_hook
 from chatlearn.observability.metrics import Records
 from chatlearn.program import Program

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chatlearn.arithmetic import check_updates
 from chatlearn.checks.column_warnings import warn_of_columns
@@ -21,7 +22,6 @@ from chatlearn.checks.program import (
 )
 from chatlearn.checks.syncs import check_sync_parameters, check_syncs
 from chatlearn.config import Config
-from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, FlowError, OutputError
 from chatlearn.flow.trace import check_names
 from chatlearn.module import call_hook, resolve_config, resolved_config
@@ -29,6 +29,9 @@ from chatlearn.program import Executor, Program, SyncPair
 from chatlearn.ranking import check_best_metric
 from chatlearn.runtime.flow_run import FlowRun
 from chatlearn.runtime.protocol import node_specs
+
+if TYPE_CHECKING:
+    from chatlearn.data.replay import ReplaySampler
 
 
 def compile_program(

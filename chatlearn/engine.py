@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from chatlearn.compilation import compile_program
 from chatlearn.config import active
 from chatlearn.data.prompts import Source
-from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import EngineError
 from chatlearn.executors import Datasets, Environment, Evaluator, Trainer
 from chatlearn.flow.symbol import user_place
@@ -17,8 +16,11 @@ from chatlearn.inspection import intercept
 from chatlearn.module import BaseModule, refuse_running
 from chatlearn.program import Program, SyncPair, raise_problems
 from chatlearn.result import RunResult
-from chatlearn.run import Run
-from chatlearn.stage import Results, Stage
+
+if TYPE_CHECKING:
+    from chatlearn.data.replay import ReplaySampler
+    from chatlearn.run import Run
+    from chatlearn.stage import Results, Stage
 
 
 class Engine:
@@ -60,7 +62,7 @@ class Engine:
         intercept(self)
         program = self._checked()
         try:
-            with Run(program, self._set_stage(program), self.evaluator) as run:
+            with self._run(program) as run:
                 run.sync_parameters(first=True)
                 if run.evaluates_first:
                     run.evaluate()
@@ -181,13 +183,16 @@ class Engine:
         refuse_running(program.modules)
         return program
 
-    def _set_stage(self, program: Program) -> Stage:
+    def _run(self, program: Program) -> Run:
+        from chatlearn.run import Run  # what runs a program needs torch, what checks it does not
+        from chatlearn.stage import Stage
+
         if self._stage is not None:
             self.stop()
         self._stage = Stage(program.modules, program.config.runtime)
         if self.evaluator is not None:
             self.evaluator.stage, self.evaluator.was_stopped = self._stage, False
-        return self._stage
+        return Run(program, self._stage, self.evaluator)
 
 
 def _component(value: Any, kind: type[Any], setter: str) -> Any:

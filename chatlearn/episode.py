@@ -13,7 +13,7 @@ from chatlearn.data.replay import Replay
 from chatlearn.data.sampler import PromptSampler
 from chatlearn.data.stream import StreamDataset
 from chatlearn.errors import BatchError, describe_function
-from chatlearn.flow.batching import Batch, size
+from chatlearn.flow.batch import Batch, size
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program

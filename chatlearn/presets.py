@@ -8,7 +8,7 @@ Each takes modules, yours or ours, and pairs its trainers with the modules they 
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from chatlearn.columns import ADVANTAGES
 from chatlearn.data.prompts import Source
@@ -24,7 +24,9 @@ from chatlearn.models.reference import PolicyReference
 from chatlearn.models.reward import FunctionReward
 from chatlearn.module import BaseModule
 from chatlearn.program import Program
-from chatlearn.stage import Results
+
+if TYPE_CHECKING:
+    from chatlearn.stage import Results
 
 Module = Any
 """A `BaseModule`; that it has the step methods which a flow calls only its own class knows."""

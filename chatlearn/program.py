@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from chatlearn.arithmetic import EpisodePlan, RunPlan, episode_plan, run_plan
 from chatlearn.config import Config, ModuleConfig
 from chatlearn.data.prompts import Rows, Source
-from chatlearn.data.replay import ReplaySampler
 from chatlearn.errors import ChatLearnError
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.module import BaseModule, resolved_config
+
+if TYPE_CHECKING:
+    from chatlearn.data.replay import ReplaySampler
 
 
 class Executor(Protocol):

@@ -18,7 +18,8 @@ from chatlearn.checkpointing import Checkpointing
 from chatlearn.data.feed import Feed
 from chatlearn.data.replay import Replay
 from chatlearn.episode import EpisodeFlows, sampler_over_datasets
-from chatlearn.executors import EvalInfo, Evaluator
+from chatlearn.evaluating import evaluate
+from chatlearn.executors import Evaluator
 from chatlearn.exporting import export_models
 from chatlearn.interruption import Interruption
 from chatlearn.module import BaseModule, mark_running
@@ -26,7 +27,7 @@ from chatlearn.observability.headline import EVAL
 from chatlearn.observability.recorder import Recorder
 from chatlearn.program import Program
 from chatlearn.record_keeping import RecordKeeping
-from chatlearn.result import RunResult
+from chatlearn.result import EvalInfo, RunResult
 from chatlearn.runtime.work import Outcome
 from chatlearn.runtime.worker import Where
 from chatlearn.stage import Results, Stage
@@ -341,7 +342,8 @@ class Run:
         counts = self.stage.iterations.copy()
         try:
             with self._record.evaluation(self.state.episode), self._recorder.phase("evaluation"):
-                results = evaluator.run(
+                results = evaluate(
+                    evaluator,
                     self.stage,
                     graph,
                     info,

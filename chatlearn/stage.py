@@ -16,7 +16,7 @@ from chatlearn.data.feed import Dataset, Feed
 from chatlearn.data.prompts import PromptDataset, Rows
 from chatlearn.data.sampler import Draw
 from chatlearn.errors import DataError
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.module import BaseModule, refuse_running
 from chatlearn.runtime.local import LocalRuntime

@@ -22,10 +22,11 @@ from chatlearn.data.prompts import PromptDataset, Rows
 from chatlearn.data.row_columns import kinds_shown, row_columns
 from chatlearn.data.sampler import Draw
 from chatlearn.errors import ChatLearnError
-from chatlearn.flow.batching import Batch, isolate, normalise, pad, size
+from chatlearn.flow.batch import Batch, size
+from chatlearn.flow.batching import isolate, normalise, pad
 from chatlearn.flow.declaration import Declaration, Kinds, Need
 from chatlearn.flow.graph import FEED, FlowGraph, Node
-from chatlearn.flow.namespace import enter
+from chatlearn.flow.passage import enter
 from chatlearn.module import BaseModule, resolved_config, state_of, written_columns
 from chatlearn.program import Executor, Program
 from chatlearn.runtime.deadline import Deadline, DeadlinePassed

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from graphlib import TopologicalSorter
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from chatlearn.errors import ChatLearnError, FlowError
 from chatlearn.module import BaseModule, call_hook, state_of
 from chatlearn.program import Program, SyncPair
-from chatlearn.weights.adapters import has_adapters
-from chatlearn.weights.plan import plan_sync
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_syncs(program: Program) -> None:
@@ -90,6 +89,8 @@ def _compare(pair: SyncPair) -> None:
     if ours is None or theirs is None or _are_one(ours, theirs):
         return
     if ours and theirs:
+        from chatlearn.weights.plan import plan_sync  # where both ends are tensors, not before
+
         plan_sync(ours, theirs, pair=pair.arrow, place=pair.said_at)
 
 
@@ -111,11 +112,11 @@ def _known_parameters(module: BaseModule) -> Mapping[str, Tensor] | None:
             return None
         return call_hook(module, "describe_parameters")
     made_by_setup = state_of(module).was_ever_set_up and kind.setup is not BaseModule.setup
-    model = module.model
-    if not is_plain or made_by_setup or not isinstance(model, nn.Module) or has_adapters(model):
+    if module.model is None or not is_plain or made_by_setup:
         return None
-    state = model.state_dict().items()
-    return {n: torch.empty_like(t, device="meta") for n, t in state if isinstance(t, Tensor)}
+    from chatlearn.weights.adapters import plain_state  # a model that is there has loaded torch
+
+    return plain_state(module.model)
 
 
 def _depth(kind: type[BaseModule], name: str) -> int:

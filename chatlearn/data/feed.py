@@ -12,7 +12,8 @@ import torch
 from chatlearn.columns import PROMPT_UID, UID
 from chatlearn.data.sampler import Draw
 from chatlearn.errors import ChatLearnError, DataError
-from chatlearn.flow.batching import Batch, collate, isolate, merge, normalise, size
+from chatlearn.flow.batch import Batch, size
+from chatlearn.flow.batching import collate, isolate, merge, normalise
 
 
 class Dataset(Protocol):

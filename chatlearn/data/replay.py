@@ -18,16 +18,8 @@ from torch import Tensor
 
 from chatlearn.columns import UID
 from chatlearn.errors import BatchError, ChatLearnError, ModuleError, describe_function
-from chatlearn.flow.batching import (
-    Batch,
-    Column,
-    isolate,
-    merge,
-    normalise,
-    samples,
-    size,
-    stack,
-)
+from chatlearn.flow.batch import Batch, Column, samples, size
+from chatlearn.flow.batching import isolate, merge, normalise, stack
 
 Samples = list[dict[str, Any]]
 

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Split, merge, join and pad batches. Pure functions; a batch is a plain dict of columns, batch first.
-
-A column is a tensor whose first dimension is the batch, or a list with one entry per sample. Samples keep their
-order through every function here.
-"""
+"""Make, select, merge, pad and copy columns of batches (see `batch.py`). Pure functions; samples keep their order."""
 
 from __future__ import annotations
 
@@ -16,9 +12,8 @@ import torch
 from torch import Tensor
 
 from chatlearn.errors import BatchError
+from chatlearn.flow.batch import Batch, Column
 
-Column = Tensor | list[Any]
-Batch = dict[str, Column]
 Padding = Mapping[str, tuple[float, Literal["left", "right"]]]
 
 
@@ -71,16 +66,6 @@ def _column(key: str, value: Any, place: str) -> Column:
     )
 
 
-def size(batch: Batch) -> int:
-    """Return the number of samples (0 for a batch without columns)."""
-    return len(next(iter(batch.values()))) if batch else 0
-
-
-def take(batch: Batch, start: int, stop: int) -> Batch:
-    """Return samples `start` to `stop`; tensors are views."""
-    return {key: column[start:stop] for key, column in batch.items()}
-
-
 def select(batch: Batch, indices: Sequence[int]) -> Batch:
     """Return the samples at `indices`, in that order."""
     where = torch.tensor(indices, dtype=torch.long)
@@ -116,34 +101,6 @@ def _append(columns: list[Column]) -> Column:
     if len(tensors) == len(columns) and len({t.shape[1:] for t in tensors}) == 1:
         return torch.cat(tensors)
     return [sample for column in columns for sample in column]
-
-
-def join(inputs: Sequence[tuple[str, Batch]], place: str) -> Batch:
-    """Merge a node's inputs, sample by sample, in argument order; on equal keys the later input wins.
-
-    Args:
-        inputs: name of the source and its batch, in argument order.
-        place: the node, for the error.
-
-    Raises:
-        BatchError: the inputs disagree in their number of samples.
-    """
-    joined: Batch = {}
-    counts = {name: size(batch) for name, batch in inputs if batch}
-    if len(set(counts.values())) > 1:
-        raise BatchError(
-            f"inputs disagree in their number of samples: {counts}",
-            place=place,
-            fix="a step returns one entry per sample it got; a filter declares filters_samples = True",
-        )
-    for _, batch in inputs:
-        joined.update(batch)
-    return joined
-
-
-def samples(batch: Batch) -> list[dict[str, Any]]:
-    """Return one dict per sample."""
-    return [{key: column[i] for key, column in batch.items()} for i in range(size(batch))]
 
 
 def collate(rows: Sequence[Any], place: str = "") -> Batch:

@@ -13,6 +13,7 @@ from chatlearn import columns
 from chatlearn.config import ModuleConfig, active
 from chatlearn.errors import BatchError, ChatLearnError, DataError
 from chatlearn.flow.declaration import Declaration, Need
+from chatlearn.flow.namespace import own_row
 from chatlearn.module import BaseModule, state_of
 from chatlearn.rollout.base import Completion, PromptRequest, SamplingParams
 from chatlearn.training.description import described
@@ -151,8 +152,6 @@ class PolicyInference(BaseModule):
         Raises:
             DataError: naming the first such row.
         """
-        from chatlearn.flow.namespace import own_row
-
         most = self._engine.max_positions
         for index in range(len(rows)):
             row = rows[index]

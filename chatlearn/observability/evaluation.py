@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from chatlearn.columns import PROMPT_UID, REWARDS, UID
-from chatlearn.flow.batching import Batch, is_number, select
+from chatlearn.flow.batch import Batch
+from chatlearn.flow.batching import is_number, select
 from chatlearn.flow.graph import FlowGraph, Node
 from chatlearn.observability.metrics import EpisodeMetrics
 from chatlearn.observability.outcomes import OutcomeCounts, kept_rows

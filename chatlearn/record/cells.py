@@ -24,7 +24,7 @@ import pyarrow as _pyarrow  # noqa: ICN001
 import torch
 from torch import Tensor
 
-from chatlearn.flow.batching import Column
+from chatlearn.flow.batch import Column
 
 pa: Any = _pyarrow  # comes without types
 

@@ -26,7 +26,8 @@ from urllib.parse import quote
 from torch import Tensor
 
 from chatlearn.columns import UID
-from chatlearn.flow.batching import Batch, Column, isolate, select, size, take
+from chatlearn.flow.batch import Batch, Column, size, take
+from chatlearn.flow.batching import isolate, select
 from chatlearn.flow.graph import FEED, FlowGraph, Node
 from chatlearn.record.cells import UnkeepableError, dtype_name
 from chatlearn.record.sameness import same_column

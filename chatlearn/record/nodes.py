@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 
-from chatlearn.flow.batching import Batch, Column
+from chatlearn.flow.batch import Batch, Column
 from chatlearn.record.table import CallEntry, Layout, Place, Table
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import torch
 
 from chatlearn.config_problems import closest
 from chatlearn.errors import RecordError
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.record.flow_writer import BATCH, FLOW
 from chatlearn.record.nodes import ABSENT, NodeRecord, find_place, make_column
 from chatlearn.record.recording import EPISODE, RANDOM, recorded_episodes

@@ -34,7 +34,7 @@ import torch
 
 from chatlearn.checkpoint.files import write_values
 from chatlearn.errors import OutputError, os_error_behind, write_failure
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.flow.graph import Node
 from chatlearn.record.flow_writer import FlowWriter
 from chatlearn.record.seen import Call, FlowWork, TrainWork

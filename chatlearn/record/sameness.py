@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chatlearn.flow.batching import Column
+from chatlearn.flow.batch import Column
 
 _SHOWN = 5
 _EXACT: frozenset[type] = frozenset({int, str, bool, bytes, type(None)})

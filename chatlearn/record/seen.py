@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.flow.graph import FlowGraph
 from chatlearn.flow.steps import Step
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from chatlearn.errors import RecordError
-from chatlearn.flow.batching import Batch, Column, isolate
+from chatlearn.flow.batch import Batch, Column
+from chatlearn.flow.batching import isolate
 from chatlearn.flow.graph import FEED, FlowGraph, Node
 from chatlearn.module import BaseModule, resolved_config, state_of
 from chatlearn.record.nodes import ABSENT, NodeRecord

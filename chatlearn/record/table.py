@@ -19,7 +19,8 @@ import pyarrow as _pyarrow  # noqa: ICN001
 import pyarrow.parquet as _parquet
 
 from chatlearn.errors import RecordError
-from chatlearn.flow.batching import Batch, Column, merge
+from chatlearn.flow.batch import Batch, Column
+from chatlearn.flow.batching import merge
 from chatlearn.record.cells import Kind, UnkeepableError, decode, encode
 
 pa: Any = _pyarrow  # comes without types

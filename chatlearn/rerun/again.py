@@ -25,7 +25,8 @@ from chatlearn.checkpoint.rng import restore_rng
 from chatlearn.columns import UID
 from chatlearn.episode import training_work
 from chatlearn.errors import RecordError
-from chatlearn.flow.batching import Batch, isolate, size
+from chatlearn.flow.batch import Batch, size
+from chatlearn.flow.batching import isolate
 from chatlearn.flow.graph import FlowGraph, Node
 from chatlearn.program import Program
 from chatlearn.record.nodes import NodeRecord

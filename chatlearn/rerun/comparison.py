@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.record.nodes import ABSENT, NodeRecord
 from chatlearn.record.reading import EpisodeRecord
 from chatlearn.record.sameness import Difference, compare_columns

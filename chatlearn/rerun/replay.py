@@ -15,7 +15,7 @@ from chatlearn.checkpoint.rng import restore_rng, rng_states
 from chatlearn.columns import UID
 from chatlearn.config import command_line
 from chatlearn.errors import ConfigError, DataError, OutputError, RecordError
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.program import Program, raise_problems
 from chatlearn.record.reading import EpisodeRecord, RunRecord
 from chatlearn.record.table import write_batches

@@ -14,7 +14,8 @@ import torch
 
 from chatlearn.columns import CUT, FAILED, OUTCOME, PROMPT, PROMPT_IDS, REWARDS, TIMED_OUT
 from chatlearn.errors import ModuleError
-from chatlearn.flow.batching import Batch, isolate, select
+from chatlearn.flow.batch import Batch
+from chatlearn.flow.batching import isolate, select
 from chatlearn.module import BaseModule, resolved_config, state_of
 from chatlearn.runtime.lost_rows import LostSample
 from chatlearn.runtime.protocol import Call, Lost

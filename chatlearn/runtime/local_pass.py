@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from chatlearn.columns import FAILED, TIMED_OUT, UID
 from chatlearn.errors import BatchError, DeadlineError, EngineError, ModuleError
-from chatlearn.flow.batching import Batch, isolate, join, merge, size, take
+from chatlearn.flow.batch import Batch, join, size, take
+from chatlearn.flow.batching import isolate, merge
 from chatlearn.flow.graph import FEED, FlowGraph
 from chatlearn.module import state_of
 from chatlearn.runtime.attempts import Attempts, Draws, Failure, Signs, counted
@@ -297,7 +298,6 @@ class Pass:
             self._tap.entering(self._trainer.graph.name, node, call, data_list)
         self._runtime.has_trained = True
         result = self._call(call, data_list, self._trainer.graph)
-        samples = sum(map(len, call.step.micro_batches))
         takers = sum(other.inputs.count(node.index) for other in self._trainer.graph.nodes)
         parts: list[Batch] = []
         sizes = [len(part) for part in call.step.micro_batches]
@@ -309,7 +309,7 @@ class Pass:
             state = state_of(self._worker(call).module)
             parts = recorded_step_output(parts or result.value, sizes, state)
             self._tap.returned(self._trainer.graph.name, node, call, parts, metrics)
-        self._report(call, result.seconds, samples, metrics)
+        self._report(call, result.seconds, sum(sizes), metrics)
         return Finished(call.id, seconds=result.seconds)
 
     def _step_input(self, piece: Piece, call: Call) -> list[Batch]:

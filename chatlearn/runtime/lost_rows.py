@@ -27,7 +27,8 @@ from chatlearn.columns import (
     TIMED_OUT,
     UID,
 )
-from chatlearn.flow.batching import Batch, Column, is_number, size, take
+from chatlearn.flow.batch import Batch, Column, size, take
+from chatlearn.flow.batching import is_number
 from chatlearn.runtime.protocol import Deliver
 
 LOST_OUTCOMES = (FAILED, TIMED_OUT)

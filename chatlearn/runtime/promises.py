@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from chatlearn.columns import FAILED, OUTCOME, TIMED_OUT
 from chatlearn.errors import FlowError
-from chatlearn.flow.batching import Batch, size
+from chatlearn.flow.batch import Batch, size
 from chatlearn.flow.declaration import decorated
 from chatlearn.flow.graph import Node
 

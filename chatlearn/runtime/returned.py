@@ -13,7 +13,8 @@ from torch import Tensor
 
 from chatlearn.columns import CUT, FAILED, OUTCOME, OUTCOMES, TIMED_OUT, UID
 from chatlearn.errors import BatchError
-from chatlearn.flow.batching import Batch, isolate, normalise, numbers, select, size
+from chatlearn.flow.batch import Batch, size
+from chatlearn.flow.batching import isolate, normalise, numbers, select
 from chatlearn.module import ModuleState
 from chatlearn.runtime.promises import refuse_broken
 from chatlearn.runtime.protocol import Call

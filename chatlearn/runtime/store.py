@@ -7,7 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from chatlearn.flow.batching import Batch, merge, select, size, take
+from chatlearn.flow.batch import Batch, size, take
+from chatlearn.flow.batching import merge, select
 from chatlearn.runtime.protocol import Piece
 
 _PLACE = "the samples delivered to the trainer flow"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.flow.graph import FlowGraph, Node
 from chatlearn.flow.steps import StepSource
 from chatlearn.runtime.protocol import Call

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chatlearn.errors import ChatLearnError, DeadlineError, ModuleError
-from chatlearn.flow.batching import Batch, pad
-from chatlearn.flow.namespace import enter, leave_all, own_columns
+from chatlearn.flow.batch import Batch
+from chatlearn.flow.batching import pad
+from chatlearn.flow.namespace import own_columns
+from chatlearn.flow.passage import enter, leave_all
 from chatlearn.module import BaseModule, resolved_config, state_of, written_columns
 from chatlearn.runtime.deadline import Deadline, DeadlinePassed, cancelled
 

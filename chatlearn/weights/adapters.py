@@ -26,6 +26,17 @@ def has_adapters(model: Any) -> bool:
     return next(_adapted(model), None) is not None
 
 
+def plain_state(model: Any) -> dict[str, Tensor] | None:
+    """Return the tensors of a model's state, on the device `meta`.
+
+    None for what is no model, and for one with adapters, whose names are those of the plain model only once merged.
+    """
+    if not isinstance(model, nn.Module) or has_adapters(model):
+        return None
+    state = model.state_dict().items()
+    return {n: torch.empty_like(t, device="meta") for n, t in state if isinstance(t, Tensor)}
+
+
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state with its active adapters merged, under the names of the plain model.

@@ -42,9 +42,44 @@ PUBLIC = {
     "init",
     "replay",
 }
-LIGHT = {"ChatLearnError", "Config", "ConfigError", "FlowError", "ModuleError", "init"}
-"""Public names that can be used without torch."""
-HEAVY_LIBRARIES = ("torch", "transformers", "datasets", "ray", "vllm", "sglang", "wandb")
+NEEDS_TORCH = {"replay"}
+"""Public names that load torch when they are first used; the others do when something runs."""
+HEAVY_LIBRARIES = (
+    "torch",
+    "transformers",
+    "numpy",
+    "datasets",
+    "pyarrow",
+    "ray",
+    "vllm",
+    "sglang",
+    "wandb",
+)
+SCRIPT = """\
+from chatlearn import Engine, Environment, Evaluator, Trainer
+from chatlearn.models import (
+    FunctionReward, GroupAdvantage, PolicyInference, PolicyReference, PolicyTrainer
+)
+from chatlearn.testing import tiny_pair
+
+policy = PolicyInference("policy", model=tiny_pair)
+reference = PolicyReference("reference", model="Qwen/Qwen3-0.6B")
+reward = FunctionReward("reward", lambda completions, answer: [0.0] * len(completions))
+advantage, learner = GroupAdvantage("advantage"), PolicyTrainer("learner", model=tiny_pair, kl_coef=0.1)
+
+def env_flow(batch):
+    rollout = reference.forward_step(policy.forward_step(batch))
+    scored = reward.forward_step(rollout)
+    return advantage.forward_step(scored)
+
+def eval_flow(batch):
+    return reward.eval_step(policy.eval_step(batch))
+
+evaluator = Evaluator(eval_flow).set_dataset([{"prompt": "1+1=", "answer": "2"}])
+engine = Engine(Environment(env_flow), Trainer(lambda batch: learner.train_step(batch)), evaluator)
+engine.set_parameter_sync(learner, policy).set_dataset([{"prompt": "1+2=", "answer": "3"}]).learn()
+"""
+"""Says all that an engine can be told, and imports nothing heavy itself."""
 
 
 def relative(path: Path) -> str:
@@ -161,8 +196,47 @@ def test_other_names_do_not_exist() -> None:
 
 
 def test_names_that_need_no_torch_load_none() -> None:
-    code = f"import sys; from chatlearn import {', '.join(sorted(LIGHT))}; print(*sys.modules)"
+    names = ", ".join(sorted(PUBLIC - NEEDS_TORCH))
+    code = f"import sys; from chatlearn import {names}; print(*sys.modules)"
     loaded = set(python("-c", code).stdout.split())
+    assert loaded.isdisjoint(HEAVY_LIBRARIES)
+
+
+def command(*arguments: str) -> tuple[str, str, set[str]]:
+    """Run a command; return what it says on both streams, and the names of the modules that it loads."""
+    code = (
+        "import sys; from chatlearn.cli import main\n"
+        f"try: main({list(arguments)})\n"
+        "finally: print('LOADED', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    said, _, loaded = done.stdout.partition("LOADED")
+    return said, done.stderr, set(loaded.split())
+
+
+@pytest.mark.parametrize(
+    ("what", "shows"),
+    [("check", "everything fits together"), ("graph", "env_flow.svg"), ("explain", "episode")],
+)
+def test_a_check_loads_nothing_heavy(what: str, shows: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    out = ["--out", str(tmp_path)] if what == "graph" else ["runtime.num_inference_per_prompt=8"]
+    said, errors, loaded = command(what, str(script), *out)
+    assert shows in said
+    assert errors == ""
+    assert "chatlearn.compilation" in loaded
+    assert loaded.isdisjoint(HEAVY_LIBRARIES)
+
+
+def test_a_check_that_loads_nothing_heavy_finds_mistakes_at_their_lines(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("return advantage.forward_step(scored)", "return scored"))
+    (line,) = (n for n, text in enumerate(SCRIPT.splitlines(), 1) if "learner.train_step" in text)
+    _, errors, loaded = command("check", str(script))
+    assert "error: learner.train_step reads 'advantages'" in errors
+    assert f"at: {script}:{line} in <lambda>" in errors
+    assert "chatlearn.compilation" in loaded
     assert loaded.isdisjoint(HEAVY_LIBRARIES)
 
 

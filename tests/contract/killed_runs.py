@@ -42,6 +42,7 @@ from chatlearn.checkpoint import folder as checkpoint_folder
 from chatlearn.checkpoint.retention import Retention
 from chatlearn.checkpointing import Checkpointing
 from chatlearn.episode import EpisodeFlows
+from chatlearn.evaluating import evaluate
 from chatlearn.models import (
     FunctionReward,
     GroupAdvantage,
@@ -160,7 +161,7 @@ PARTS: dict[str, list[Callable[..., Any]]] = {
     "reward and advantage": [FunctionReward.forward_step, GroupAdvantage.forward_step],
     "training": [PolicyTrainer.train_step],
     "sync": [Run.sync_parameters],
-    "evaluation": [Evaluator.run],
+    "evaluation": [evaluate],
     "before_episode": [Reward.before_episode],
     "after_episode": [Reward.after_episode],
     "checkpoint": [Checkpointing.save],

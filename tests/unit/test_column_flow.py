@@ -19,7 +19,7 @@ from chatlearn.flow.column_flow import (
 )
 from chatlearn.flow.declaration import Declaration, Need
 from chatlearn.flow.graph import FEED, FlowGraph, Node
-from chatlearn.flow.namespace import enter, leave
+from chatlearn.flow.passage import enter, leave
 
 TEXT, NUMBER = frozenset({"text"}), frozenset({"number"})
 MODULE = BaseModule("m")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from chatlearn.errors import BatchError
 from chatlearn.flow import batching as b
+from chatlearn.flow.batch import join, samples, size, take
 from chatlearn.runtime.store import SampleStore
 
 
@@ -42,7 +43,7 @@ def same(one: Any, other: Any) -> bool:
 def test_split_and_merge_are_inverse(n: int, cuts: list[int]) -> None:
     whole = batch(n)
     borders = sorted({0, n, *(c for c in cuts if c <= n)})
-    parts = [b.take(whole, i, j) for i, j in itertools.pairwise(borders)]
+    parts = [take(whole, i, j) for i, j in itertools.pairwise(borders)]
     assert same(b.merge(parts), whole)
     store = SampleStore()
     for part in parts:
@@ -79,10 +80,10 @@ def test_merge_turns_unequal_tensors_into_a_list_of_samples() -> None:
 
 def test_join() -> None:
     one, two = {"x": [1, 2], "a": [0, 0]}, {"x": [3, 4], "b": [0, 0]}
-    assert b.join([("one", one), ("two", two)], "n") == {"x": [3, 4], "a": [0, 0], "b": [0, 0]}
-    assert b.join([("one", one), ("none", {})], "n") == one
+    assert join([("one", one), ("two", two)], "n") == {"x": [3, 4], "a": [0, 0], "b": [0, 0]}
+    assert join([("one", one), ("none", {})], "n") == one
     with pytest.raises(BatchError, match=r"\{'one': 2, 'short': 1\}"):
-        b.join([("one", one), ("short", {"y": [1]})], "n")
+        join([("one", one), ("short", {"y": [1]})], "n")
 
 
 def test_normalise_accepts_what_is_a_column() -> None:
@@ -233,5 +234,5 @@ def test_numbers() -> None:
 
 
 def test_samples() -> None:
-    assert b.samples({"x": [1, 2], "y": ["a", "b"]}) == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
-    assert b.size({}) == 0
+    assert samples({"x": [1, 2], "y": ["a", "b"]}) == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
+    assert size({}) == 0

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from chatlearn.flow.batching import isolate, select, size
+from chatlearn.flow.batch import size
+from chatlearn.flow.batching import isolate, select
 from chatlearn.runtime.lost_rows import LostSample, add_loss_masks, insert_lost
 from chatlearn.training.samples import without_lost
 

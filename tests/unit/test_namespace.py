@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import chatlearn
 from chatlearn import BaseModule, ConfigError, ModuleError
 from chatlearn.errors import BatchError, RewardError
-from chatlearn.flow.namespace import enter, leave, leave_all, own_columns, own_row
+from chatlearn.flow.namespace import own_columns, own_row
+from chatlearn.flow.passage import enter, leave, leave_all
 from chatlearn.models import (
     FunctionReward,
     GroupAdvantage,

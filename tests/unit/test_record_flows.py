@@ -13,7 +13,8 @@ import torch
 
 import chatlearn
 from chatlearn import BaseModule, Engine, Environment, Evaluator, Trainer
-from chatlearn.flow.batching import Batch, isolate
+from chatlearn.flow.batch import Batch
+from chatlearn.flow.batching import isolate
 from chatlearn.record.reading import RunRecord
 from chatlearn.record.recording import Recording
 from chatlearn.record.sameness import same

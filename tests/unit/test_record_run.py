@@ -20,7 +20,7 @@ import torch
 import chatlearn
 from chatlearn import BaseModule, Engine, Environment, Trainer
 from chatlearn.errors import ModuleError, OutputError, RecordError
-from chatlearn.flow.batching import Batch
+from chatlearn.flow.batch import Batch
 from chatlearn.record.reading import RunRecord, describe_numbers
 from chatlearn.record.recording import Recording, recorded_episodes, rewind
 
@@ -282,7 +282,8 @@ def test_a_file_that_may_not_grow_is_such_an_error_too(name: str) -> None:
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     command = [sys.executable, "-c", code]
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "PATH": ""}
+    here = Path(__file__).parent  # and the checkout that it is part of, whichever is installed
+    environment = {"PYTHONPATH": f"{here}:{here.parents[1]}", "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "NAMED the record of episode 1 cannot be written: File too large" in done.stdout, (
         done.stderr

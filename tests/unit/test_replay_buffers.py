@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chatlearn.data.replay import EpisodeBuffer, Replay
 from chatlearn.errors import ModuleError, describe_function
-from chatlearn.flow.batching import size
+from chatlearn.flow.batch import size
 
 
 def episode(number: int, count: int = 2) -> dict[str, Any]:
