@@ -129,7 +129,7 @@ class Loss:
     outcome: str
     """`failed` or `timed_out`."""
     cause: str
-    """The first line of the error."""
+    """The error; in a record its first line."""
     drops_group: bool
     """Whether its group went with it."""
 

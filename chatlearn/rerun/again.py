@@ -30,7 +30,7 @@ from chatlearn.flow.batching import isolate
 from chatlearn.flow.graph import FlowGraph, Node
 from chatlearn.program import Program
 from chatlearn.record.nodes import NodeRecord
-from chatlearn.record.reading import EpisodeRecord, FlowRecord
+from chatlearn.record.reading import EpisodeRecord, FlowRecord, Loss
 from chatlearn.record.sameness import same_column
 from chatlearn.record.stand_in import RecordedFeed, StandIn, assemble, with_stand_ins
 from chatlearn.rerun.selection import ENV, EVAL, TRAINER, Selection
@@ -46,9 +46,9 @@ class Again:
     """One call that was made again."""
 
     uids: list[int]
-    """Of the samples that it got; of a train step none."""
-    came_out: list[int]
-    """Of the samples that it returned."""
+    """Of the samples that it got; samples of a train step that have none are numbered by position."""
+    came_out: list[list[int]]
+    """Of the samples in each batch of `output`."""
     step: int | None
     output: list[Batch]
     """Nothing, one batch, or of a train step one per micro-batch."""
@@ -79,7 +79,11 @@ class Rerun:
         self._selection = selection
         self._samples = samples
         self.made: dict[str, list[Again]] = {}
-        """Per node that ran, its calls."""
+        """Per node that ran, its calls that ended well."""
+        self.losses: dict[str, dict[int, Loss]] = {}
+        """Per node, the samples that it gave up, by uid."""
+        self.chosen: list[int] = []
+        """Uids of the samples that entered the environment's (or evaluation's) flow."""
         self.notes = list(selection.notes)
 
     def run(self) -> None:
@@ -91,6 +95,7 @@ class Rerun:
         """
         graphs = self._graphs()
         again = {n.name for graph in graphs.values() for n in graph.nodes if not _stands_in(n)}
+        self.made.update((n.name, []) for g in graphs.values() for n in g.nodes if n.name in again)
         modules = list({id(m): m for graph in graphs.values() for m in graph.modules}.values())
         real = [module for module in modules if not isinstance(module, StandIn)]
         stage = Stage(with_sources(modules, self._program), self._program.config.runtime)
@@ -128,11 +133,12 @@ class Rerun:
         return made
 
     def _run_flows(self, stage: Stage, graphs: Mapping[str, FlowGraph]) -> None:
-        tap = _Watch(self._episode, self.made)
+        tap = _Watch(self._episode, self.made, self.losses)
         name = EVAL if EVAL in graphs else ENV
         flow = None
         if name in graphs:
             uids = self._chosen(self._episode.flow(name))
+            self.chosen = self._episode.flow(name).uids if uids is None else uids
             feed = RecordedFeed(self._episode.flow(name), uids)
             flow = FlowWork(graphs[name], feed, needs_output=self._selection.trains)
         trainer = None
@@ -219,9 +225,17 @@ def _overlaid(trainer: FlowRecord, new: Mapping[int, Mapping[str, Any]]) -> Batc
 class _Watch:
     """Tells stand-ins what they are asked, gives modules the random numbers they had, keeps what they return."""
 
-    def __init__(self, episode: EpisodeRecord, made: dict[str, list[Again]]) -> None:
+    def __init__(
+        self,
+        episode: EpisodeRecord,
+        made: dict[str, list[Again]],
+        losses: dict[str, dict[int, Loss]],
+    ) -> None:
         self._episode = episode
         self._made = made
+        self._losses = losses
+        self._trained_uids: list[int] = []
+        """Uids of the samples delivered to the trainer, by position."""
         self._entered: list[Batch] = []
         self._uids: list[int] = []
         self._states: dict[tuple[str, str], dict[Any, Any]] = {}
@@ -229,7 +243,10 @@ class _Watch:
         """Cells of each sample that left the environment flow, by uid."""
 
     def beginning(self, flow: FlowWork | None, trainer: TrainWork | None) -> None:
-        """Take note of nothing: the graphs are known."""
+        """Take note of the samples that a trainer flow is given."""
+        if trainer is not None and trainer.samples is not None:
+            given = trainer.samples
+            self._trained_uids = [int(u) for u in given.get(UID, range(size(given)))]
 
     def fed(self, flow: str, start: int, stop: int, batch: Batch) -> None:
         """Take note of nothing: what enters is recorded."""
@@ -258,15 +275,19 @@ class _Watch:
             return
         batches = output if isinstance(output, list) else [output] if output else []
         step = None if call.step is None else call.step.index
-        came_out = list(call.uids) if batches else []
-        if step is None and node.module.filters_samples and batches:
-            came_out = [int(uid) for uid in batches[0].get(UID, [])]
+        came_out = [list(call.uids)]
+        if call.step is not None:
+            parts = call.step.micro_batches
+            came_out = [[self._trained_uids[position] for position in part] for part in parts]
+            self._uids = [uid for part in came_out for uid in part]
+        elif node.module.filters_samples and batches:
+            came_out = [[int(uid) for uid in batches[0].get(UID, [])]]
         kept = [isolate(batch) for batch in batches]
         made = {
             n for before, b in zip(self._entered, batches, strict=False) for n in _made(before, b)
         }
-        again = Again(self._uids, came_out, step, kept, dict(metrics), made)
-        self._made.setdefault(node.name, []).append(again)
+        again = Again(self._uids, came_out[: len(kept)], step, kept, dict(metrics), made)
+        self._made[node.name].append(again)
 
     def lost(
         self,
@@ -277,10 +298,14 @@ class _Watch:
         *,
         drops_groups: bool,
     ) -> None:
-        """Take note of nothing: what no longer comes out is found by comparing."""
+        """Keep why samples were given up."""
+        found = self._losses.setdefault(node.name, {})
+        for uid, outcome in outcomes.items():
+            found[uid] = Loss(uid, node.name, outcome, cause.strip(), drops_groups)
 
     def delivered(self, flow: str, uids: Sequence[int], samples: Batch) -> None:
-        """Keep what leaves the flow, for replay's choice."""
+        """Keep what leaves the flow, for replay's choice and for the train steps."""
+        self._trained_uids += uids
         for i, uid in enumerate(uids):
             self.delivered_samples[uid] = {name: column[i] for name, column in samples.items()}
 

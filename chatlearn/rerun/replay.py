@@ -44,7 +44,7 @@ class Replay:
     outputs: dict[str, list[Batch]] = field(default_factory=dict[str, list[Batch]], repr=False)
     """What each of them returned: a batch per call, or per micro-batch of a train step."""
     uids: dict[str, list[list[int]]] = field(default_factory=dict[str, list[list[int]]], repr=False)
-    """Uids of the samples in each of these batches; none of train steps."""
+    """Uids of the samples in each of these batches."""
     changes: list[str] = field(default_factory=list[str])
     """The script, its arguments and settings, where they are not as they were in the run."""
     notes: list[str] = field(default_factory=list[str])
@@ -196,9 +196,9 @@ def _run_again(
     again.run()
     return Replay(
         episode.number,
-        compare(episode, again.made, evaluation=bool(selection.evaluation)),
+        compare(episode, again, evaluation=bool(selection.evaluation)),
         {name: [b for call in calls for b in call.output] for name, calls in again.made.items()},
-        {name: [call.came_out for call in calls] for name, calls in again.made.items()},
+        {name: [u for call in calls for u in call.came_out] for name, calls in again.made.items()},
         changed_settings(episode.start["config"], program),
         again.notes,
         selection.left_out,
@@ -269,12 +269,8 @@ def write_outputs(replayed: Replay, path: Path) -> None:
     for name, batches in replayed.outputs.items():
         if not any(batches):
             raise RecordError("the node returned nothing that could be written", place=name)
-        if not any(replayed.uids[name]):  # a train step's samples are not numbered by calls
-            whole = batches
-        else:
-            numbered = zip(replayed.uids[name], batches, strict=True)
-            whole: list[Batch] = [{UID: uids, **batch} for uids, batch in numbered]
-        _write(path, whole)
+        numbered = zip(replayed.uids[name], batches, strict=True)
+        _write(path, [{UID: uids, **batch} for uids, batch in numbered if batch])
 
 
 def _write(path: Path, batches: Sequence[Batch]) -> None:

@@ -14,7 +14,7 @@ from chatlearn.flow.graph import FlowGraph
 from chatlearn.program import Program
 from chatlearn.record.nodes import NodeRecord
 from chatlearn.record.reading import EpisodeRecord, FlowRecord
-from chatlearn.rerun.weights import checkpoint_of
+from chatlearn.rerun.weights import checkpoint_of, resumed_from
 
 ENV: Final = "env_flow"
 TRAINER: Final = "trainer_flow"
@@ -111,9 +111,10 @@ def select_episode(program: Program, episode: EpisodeRecord, keep: Collection[st
     done = episode.number - 1
     if selection.env and selection.trains and done and not checkpoint_of(episode, done).is_dir():
         selection.left_out, selection.trainer = sorted(selection.trainer), set()
+        elsewhere = resumed_from(episode, done)
+        advice = elsewhere or "runtime.save_episode_interval=1 keeps one after every episode"
         selection.notes.append(
-            f"train steps are left out: there is no checkpoint of episode {done} to begin them from; "
-            "runtime.save_episode_interval=1 keeps one after every episode"
+            f"train steps are left out: there is no checkpoint of episode {done} to begin them from; {advice}"
         )
     if not selection.env and not selection.trainer:
         why = selection.notes[0] if selection.notes else f"it has {', '.join(episode.flows)}"

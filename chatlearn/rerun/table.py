@@ -12,6 +12,9 @@ from rich.text import Text
 from chatlearn.record.sameness import Difference
 from chatlearn.rerun.comparison import NodeComparison
 
+_SHOWN = 5
+"""Updates with other samples that are named."""
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,8 +29,9 @@ def print_replay(replay: Replay, console: Console) -> None:
         console.print(Text(f"note: {line}", style="dim"))
     if replay.changes or replay.notes:
         console.print()
+    told: set[str] = set()
     for comparison in replay.nodes:
-        print_comparison(comparison, console)
+        print_comparison(comparison, console, told)
     differing = [node.node for node in replay.nodes if not node.is_equal]
     verdict = f"differs from the record: {', '.join(differing)}"
     if not differing:
@@ -40,8 +44,8 @@ def print_replay(replay: Replay, console: Console) -> None:
     console.print(Text(f"episode {replay.episode}: {verdict}", style=style))
 
 
-def print_comparison(comparison: NodeComparison, console: Console) -> None:
-    """Print one node's table."""
+def print_comparison(comparison: NodeComparison, console: Console, told: set[str]) -> None:
+    """Print one node's table; `told` are the modules whose failure has been printed, in full as a run does."""
     what = "update" if comparison.trains else "sample"
     plural = "s" * (comparison.samples != 1)
     title = f"{comparison.node}  {comparison.samples} {what}{plural} compared"
@@ -49,7 +53,12 @@ def print_comparison(comparison: NodeComparison, console: Console) -> None:
         title += ": equal, bit for bit"
     console.print(Text(title, style="bold green" if comparison.is_equal else "bold"))
     for remark in comparison.remarks:
-        console.print(Padding(Text(remark, style="yellow"), (0, 0, 0, 2), expand=False))
+        _print_line(remark, console)
+    for update in comparison.updates[:_SHOWN]:
+        _print_line(str(update), console)
+    if (more := len(comparison.updates) - _SHOWN) > 0:
+        _print_line(f"{more} more update{'s' * (more != 1)} with other samples", console)
+    _print_causes(comparison, console, told)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("column", "result", "largest difference", "where"):
         table.add_column(heading, overflow="fold")
@@ -67,6 +76,20 @@ def print_comparison(comparison: NodeComparison, console: Console) -> None:
     if table.row_count:
         console.print(Padding(table, (0, 0, 0, 2), expand=False))
     console.print()
+
+
+def _print_line(text: str, console: Console) -> None:
+    console.print(Padding(Text(text, style="yellow"), (0, 0, 0, 2), expand=False))
+
+
+def _print_causes(comparison: NodeComparison, console: Console, told: set[str]) -> None:
+    """Print why the node fails now, and why it did then: of the first sample, once per module."""
+    for losses, when in ((comparison.failures, "now"), (comparison.recoveries, "then")):
+        module = f"{comparison.node.partition('.')[0]} {when}"
+        if losses and module not in told:
+            told.add(module)
+            cause = losses[0].cause.replace("\n", "\n  ")
+            _print_line(f"uid {losses[0].uid} {losses[0].what}, {when}:\n  {cause}", console)
 
 
 def _add_row(

@@ -31,6 +31,16 @@ def checkpoint_of(episode: EpisodeRecord, done: int) -> Path:
     return checkpoints.path_of(episode.path.parent.parent / "checkpoints", done)
 
 
+def resumed_from(episode: EpisodeRecord, done: int) -> str:
+    """Say where the run's checkpoint after `done` episodes is, if one in another folder began the run there."""
+    begun = str(episode.start["config"]["runtime"]["resume"])
+    path, own = Path(episode.start["folder"], begun), checkpoint_of(episode, done)
+    if begun in ("auto", "never") or path.name != own.name or path.parent == own.parent:
+        return ""
+    said = f"the run was resumed from {path}"
+    return f"{said}; copy it to {own}" if path.is_dir() else f"{said}, which is gone"
+
+
 def bring_weights(
     stage: Stage,
     program: Program,
@@ -139,7 +149,7 @@ def _no_weights(
     there = f"the nearest is that of episode {nearest}" if nearest is not None else "there is none"
     return CheckpointError(
         f"{', '.join(names)} cannot run as in episode {episode.number}: the checkpoint of episode {done} is not "
-        f"there; {there}",
+        f"there; {resumed_from(episode, done) or there}",
         place=str(path.parent),
         fix=f"{fix}run with runtime.save_episode_interval=1 and a runtime.keep_last that is large enough; "
         "--keep NODE takes a node of the environment from the record",

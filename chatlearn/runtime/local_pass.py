@@ -257,8 +257,8 @@ class Pass:
             key = f"models.{call.node.module}.on_failure"
             fix = f"make the step work for every sample, or let {key} say what such samples do"
             raise BatchError(text, place=place, fix=fix)
-        failure = Failure(self._described(call, BatchError(text)), outcomes=by_uid)
-        self._attempts.fail(call, failure)
+        error = self._described(replace(call, uids=list(by_uid)), BatchError(text))
+        self._attempts.fail(call, Failure(error, outcomes=by_uid))
 
     def _lose(self, command: Lost) -> None:
         """Take note that samples are given up, and tell the observer."""
