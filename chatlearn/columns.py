@@ -83,6 +83,8 @@ FAILED: Final = "failed"
 TIMED_OUT: Final = "timed_out"
 OUTCOMES: Final = (OK, CUT, FAILED, TIMED_OUT)
 """Whole; response cut off at its limit; a step raised or gave no usable value; a step gave no answer in time."""
+RETRIED: Final = "retried"
+"""Counted beside outcomes: a sample that was tried once more."""
 
 COLUMNS: Final[dict[str, Column]] = {
     column.name: column

@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
+
+_ERRNO = re.compile(r"os error (\d+)")
 
 
 class ChatLearnError(Exception):
@@ -136,9 +140,14 @@ def write_failure(error: OSError) -> tuple[str, str]:
 
 
 def os_error_behind(error: BaseException | None) -> OSError | None:
-    """Return the operating system's error that another one hides, as libraries that write files do, if there is one."""
+    """Return the operating system's error that another one hides, as libraries that write files do, if there is one.
+
+    A library written in Rust, as safetensors is, leaves no more of it than its number, in the text.
+    """
     while error is not None:
         if isinstance(error, OSError):
             return error
+        if found := _ERRNO.search(str(error)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
         error = error.__cause__ or error.__context__
     return None

@@ -281,6 +281,15 @@ def has_model(module: BaseModule) -> TypeGuard[_WithModel]:
     return hasattr(module.model, "state_dict") and hasattr(module.model, "named_parameters")
 
 
+def may_have_weights(module: BaseModule) -> bool:
+    """Tell whether a module has parameters, or may have some after `setup()`."""
+    kind = type(module)
+    overrides = any(
+        getattr(kind, name) is not getattr(BaseModule, name) for name in ("setup", "state_dict")
+    )
+    return overrides or has_model(module)
+
+
 def call_hook(module: BaseModule, name: str, *args: Any) -> Any:
     """Call a hook where no worker does (weights, checks); what it raises names the module."""
     try:

@@ -171,18 +171,20 @@ class Run:
             self._save()
         if not complete:
             self._recorder.note("stopped; the same command with runtime.resume=auto goes on")
-        if complete:
-            export_models(self.program, self._recorder)
+        failed = export_models(self.program, self._recorder) if complete else None
         self._record.note_size()
         self.result.episodes = self.state.episode
         self.result.train_iteration = self.state.train_iteration
-        self.stage.episode, self.stage.train_iteration = (
-            self.state.episode,
-            self.state.train_iteration,
-        )
+        self.stage.episode = self.state.episode
+        self.stage.train_iteration = self.state.train_iteration
         self.result.evaluations = self._recorder.evaluations
         self.result.seconds = time.perf_counter() - self._start
-        self._recorder.finish(self.state.episode, self.result.seconds, complete=complete)
+        is_whole = complete and failed is None
+        try:
+            self._recorder.finish(self.state.episode, self.result.seconds, complete=is_whole)
+        finally:
+            if failed is not None:
+                raise failed
 
     def _tick(self, tokens: int) -> None:
         """Take note of tokens of a call under way; end the call if a signal asks to and nothing is lost by it."""

@@ -50,7 +50,13 @@ class Syncs:
                 destination_trains=id(destination) in trained,
                 destination_syncs=receivers.count(id(destination)),
             )
-            sync = ParameterSync(source, replicas, share=share, place=pair.said_at)
+            sync = ParameterSync(
+                source,
+                replicas,
+                share=share,
+                place=pair.said_at,
+                source_trains=id(source) in trained,
+            )
             self._pairs.append(_Pair(sync, frequency, destination.name))
 
     def run_first(self, recorder: Recorder, *, resumed: bool, settled: Collection[str]) -> None:

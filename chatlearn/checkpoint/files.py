@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -42,7 +41,6 @@ _LOADABLE = {
     torch.Size,
 }
 """With tensors and containers of them, what `weights_only=True` reads; subclasses of these it does not."""
-_ERRNO = re.compile(r"os error (\d+)")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -58,8 +56,6 @@ def writing(what: str, root: Path) -> Generator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         behind = os_error_behind(error)
-        if behind is None and (number := _ERRNO.search(str(error))):
-            behind = OSError(int(number[1]), os.strerror(int(number[1])))
         cause, fix = write_failure(behind) if behind else (str(error), "see the error above it")
         raise CheckpointError(f"{what}: {cause}", place=str(root), fix=fix) from error
 
@@ -87,7 +83,10 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
     tensors, aliases = _own_storage(state)
+    path.touch()
+    mode = path.stat().st_mode  # save_file puts one in its place that nobody else may read
     save_file(tensors, path, {_ALIASES: json.dumps(aliases)} if aliases else None)
+    path.chmod(mode)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -172,7 +172,7 @@ def _first_line(error: ValidationError | RecursionError) -> str:
 
 def _damaged(what: object, path: Path) -> CheckpointError:
     return CheckpointError(
-        f"the checkpoint is damaged: {what}",
+        f"the checkpoint is damaged: {path.name}: {what}",
         place=str(path),
         fix="resume from an older one beside it: runtime.resume=<folder>",
     )

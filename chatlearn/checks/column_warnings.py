@@ -12,7 +12,7 @@ from typing import Final
 from chatlearn.checks.columns import Followed, upstream
 from chatlearn.columns import ROLLOUT_LOGPROBS
 from chatlearn.flow.column_flow import NodeColumns, Origin, returned
-from chatlearn.module import BaseModule, has_model
+from chatlearn.module import BaseModule, may_have_weights
 from chatlearn.program import FlowWarning, Program
 
 _Key = tuple[str, int, str]
@@ -65,25 +65,41 @@ def _warnings(
     flow: Followed, node: NodeColumns, used: set[_Key], everyone: Sequence[NodeColumns]
 ) -> Iterator[FlowWarning]:
     made, said = node.makes(), node.declaration
-    says_nothing = said.is_learned or (flow.graph.name == "trainer_flow" and not said.is_of_method)
-    if not made or says_nothing:
+    if flow.graph.name == "trainer_flow" and not said.is_of_method:
         return
-    place = node.node.place
     index = node.node.index
     is_taken = index in flow.graph.outputs or any(index in o.inputs for o in flow.graph.nodes)
     if not is_taken:
-        if any(index in other.after for other in flow.graph.nodes):  # called for what it does
-            return
-        yield FlowWarning(
-            f"nothing takes the output of {node.node.name}, which makes {_names(made)}",
-            place,
-            fix="pass it to another call, or return it; if only what the step logs is wanted, all is well",
-        )
+        is_called_for = any(index in other.after for other in flow.graph.nodes)
+        if not is_called_for and (made or _may_make(flow, node)):
+            yield _untaken(node, made)
+    elif not made or said.is_learned:
+        return
     elif _keys(made).isdisjoint(used):
         if said.cost:
             yield _costly(node, everyone)
         elif rival := _rival(flow, node, made, used):
             yield _replaced(node, made, rival)
+
+
+def _may_make(flow: Followed, node: NodeColumns) -> bool:
+    """Tell whether a step may return columns for all that is known; what trains usually does not."""
+    return node.declaration.writes is None and flow.graph.name != "trainer_flow"
+
+
+def _untaken(node: NodeColumns, made: Iterable[Origin]) -> FlowWarning:
+    name, either = node.node.name, "pass it to another call, or return it"
+    if made:
+        return FlowWarning(
+            f"nothing takes the output of {name}, which makes {_names(made)}",
+            node.node.place,
+            fix=f"{either}; if only what the step logs is wanted, all is well",
+        )
+    return FlowWarning(
+        f"nothing takes the output of {name}, if it has any",
+        node.node.place,
+        fix=f"{either}; a step that returns nothing on purpose says so: @declares(writes=())",
+    )
 
 
 def _replaced_wholes(
@@ -169,7 +185,7 @@ def _never_synced(
             is_sampled = origin.name.rsplit("/", maxsplit=1)[-1] == ROLLOUT_LOGPROBS
             if sampler is None or not is_sampled or id(sampler.node.module) in taught:
                 continue
-            if _may_have_weights(sampler.node.module):
+            if may_have_weights(sampler.node.module):
                 taught.add(id(sampler.node.module))
                 said.add(id(sampler.node.module))
                 yield _unsynced(sampler, node)
@@ -192,7 +208,7 @@ def _never_taught(
     A sampler behind an undeclared step may be the judge of a policy that nobody knows, so it is left alone.
     """
     trainer = program.graphs.get("trainer_flow")
-    learners = [m for m in trainer.modules if _may_have_weights(m)] if trainer else []
+    learners = [m for m in trainer.modules if may_have_weights(m)] if trainer else []
     taught = [*learners, *(destination for _, destination in program.sync_pairs)]
     for flow in flows if learners else ():
         if flow.graph.name == "trainer_flow" or any(m in taught for m in flow.graph.modules):
@@ -207,7 +223,7 @@ def _never_taught(
 def _samples_first(flow: Followed, node: NodeColumns) -> bool:
     """Tell whether a step declares that it samples, and so do all steps before it what they make."""
     samples = ROLLOUT_LOGPROBS in (node.declaration.writes or ())
-    if not samples or not _may_have_weights(node.node.module):
+    if not samples or not may_have_weights(node.node.module):
         return False
     before = (flow.nodes[index] for index in upstream(flow.graph, node.node))
     said = [step.declaration for step in (node, *before)]
@@ -228,14 +244,6 @@ def _untaught(flow: Followed, node: NodeColumns, learners: Sequence[BaseModule])
         fix=f"write engine.{_SYNC}({learners[0].name}, {policy})"
         + (", or evaluate a policy that learns" if is_evaluation else ""),
     )
-
-
-def _may_have_weights(module: BaseModule) -> bool:
-    kind = type(module)
-    overrides = any(
-        getattr(kind, name) is not getattr(BaseModule, name) for name in ("setup", "state_dict")
-    )
-    return overrides or has_model(module)
 
 
 def _order(origin: Origin) -> _Key:

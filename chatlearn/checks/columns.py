@@ -232,6 +232,8 @@ def _fix(flow: Followed, node: NodeColumns, need: Need) -> str:
         what = "add the column to the dataset, or call a module before this step that makes it"
         return what + tail + _or_declare(node, need)
     source = f"return its output from {flow.source.graph.name}" if flow.source is not None else ""
+    if flow.source is None and set(node.node.inputs) == {FEED}:
+        return f"add the column to the dataset, or call {usual} before this step, which usually makes it{tail}"
     return f"{usual} usually makes it: call it before this step and {source or 'pass its output on'}{tail}"
 
 

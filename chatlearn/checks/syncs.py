@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
 from chatlearn.errors import ChatLearnError, FlowError
-from chatlearn.module import BaseModule, call_hook, state_of
+from chatlearn.module import BaseModule, call_hook, may_have_weights, resolved_config, state_of
 from chatlearn.program import Program, SyncPair
 
 if TYPE_CHECKING:
@@ -73,25 +73,47 @@ def check_sync_parameters(program: Program) -> None:
     What is not known (models that a callable or `setup()` makes, adapters, a `state_dict` or `load_state_dict` of the
     user's own) is compared by the first sync.
     """
+    graph = program.graphs.get("trainer_flow")
+    learners = graph.modules if graph else []
     for pair in program.sync_pairs:
         try:
-            _compare(pair)
+            compared = _compare(pair, source_trains=pair.source in learners)
         except ChatLearnError as error:
             program.problems.append(error)
+        else:
+            has_any = any(map(may_have_weights, pair))
+            if has_any and not compared and not _have_one_callable(pair):
+                program.notes.append(
+                    f"{pair.arrow}: names, shapes and dtypes are compared at the first sync; what both ends hold is "
+                    "not known before setup()"
+                )
 
 
-def _compare(pair: SyncPair) -> None:
+def _compare(pair: SyncPair, *, source_trains: bool) -> bool:
+    """Compare both ends of a pair; tell whether enough is known of them."""
     source, destination = pair
     if type(destination).load_state_dict is not BaseModule.load_state_dict:
-        return
+        return False
     ours = _known_parameters(source)
     theirs = None if ours is None else _known_parameters(destination)
-    if ours is None or theirs is None or _are_one(ours, theirs):
-        return
-    if ours and theirs:
-        from chatlearn.weights.plan import plan_sync  # where both ends are tensors, not before
+    if ours is None or theirs is None:
+        return False
+    if _are_one(ours, theirs):
+        return True
+    if not (ours and theirs):
+        return False
+    from chatlearn.weights.plan import plan_sync  # where both ends are tensors, not before
 
-        plan_sync(ours, theirs, pair=pair.arrow, place=pair.said_at)
+    trained = [name for name, t in ours.items() if source_trains and t.requires_grad]
+    plan_sync(ours, theirs, pair=pair.arrow, place=pair.said_at, trained=trained)
+    return True
+
+
+def _have_one_callable(pair: SyncPair) -> bool:
+    """Tell whether the same function makes the models of both ends, which then can hardly differ."""
+    makers = [getattr(resolved_config(module), "model", None) for module in pair]
+    plain = all(type(m).describe_parameters is not BaseModule.describe_parameters for m in pair)
+    return plain and callable(makers[0]) and makers[0] is makers[1]
 
 
 def _are_one(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

@@ -295,14 +295,15 @@ class PolicyTrainer(BaseModule):
         self._newest_version = int(state.get("newest_version", -1))  # not kept by the first version
 
     def export_model(self, folder: Path) -> bool:
-        """Write weights (safetensors), config and tokenizer to `folder` in Hugging Face format."""
-        model: Any = self.model
-        if model is None:
-            return False
-        from transformers.utils import logging
+        """Write weights (safetensors), config and tokenizer to `folder` in Hugging Face format.
 
-        logging.disable_progress_bar()  # it would run through the engine's own display
-        model.save_pretrained(folder)
+        Adapters are merged into the weights; by themselves they stand in `folder/adapter`, in peft's format.
+        """
+        if self.model is None:
+            return False
+        from chatlearn.weights.export import export
+
+        export(self.model, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         return True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from chatlearn.errors import OutputError, write_failure
@@ -24,18 +24,15 @@ def write_atomically(target: Path, text: str, *, within: Path | None = None) -> 
     try:
         if within is not None and target.parent != within:
             target.parent.mkdir(exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(
-                descriptor, "w", encoding="utf-8", errors="replace", newline="\n"
-            ) as stream:
+            with temporary.open("x", encoding="utf-8", errors="replace", newline="\n") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(target)
+            temporary.replace(target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         cause, fix = write_failure(error)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from chatlearn.columns import FAILED, OUTCOME, TIMED_OUT
+from chatlearn.columns import FAILED, OUTCOME, RETRIED, TIMED_OUT
 from chatlearn.observability.headline import OUTCOMES
 
 _WORDS: Final = {
@@ -98,20 +98,26 @@ def kept_rows(batch: Mapping[str, Any]) -> list[int] | None:
 
 
 def words(metrics: Mapping[str, float]) -> str:
-    """Say what was lost, of the metrics of an episode or an evaluation; nothing, if nothing was.
+    """Say what was lost or tried again, of the metrics of an episode or an evaluation; nothing, if nothing was.
 
     Example:
         >>> words({"outcomes/reward/failed": 2.0, "outcomes/dropped_groups": 1.0, "outcomes/policy/cut": 5.0})
         '2 failed, 1 group dropped'
+        >>> words({"outcomes/reward/retried": 6.0})
+        'reward: 6 retried'
     """
     found: Counter[str] = Counter()
+    retried: list[str] = []
     for name, value in metrics.items():
         last = name.rpartition("/")[2]
         if name.startswith(OUTCOMES) and last in _WORDS:
             found[last] += int(value)
+        elif name.startswith(OUTCOMES) and last == RETRIED and value:
+            module = name.removeprefix(OUTCOMES).removesuffix(f"/{RETRIED}")
+            retried.append(f"{module}: {int(value)} retried")
     parts: list[str] = []
     for name, word in _WORDS.items():
         if count := found[name]:
             unit = f" group{'s' * (count != 1)}" if name == "dropped_groups" else ""
             parts.append(f"{count}{unit} {word}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *retried])

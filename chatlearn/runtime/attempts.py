@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chatlearn.columns import CUT, FAILED, OUTCOME, PROMPT, PROMPT_IDS, REWARDS, TIMED_OUT
+from chatlearn.columns import CUT, FAILED, OUTCOME, PROMPT, PROMPT_IDS, RETRIED, REWARDS, TIMED_OUT
 from chatlearn.errors import ModuleError
 from chatlearn.flow.batch import Batch
 from chatlearn.flow.batching import isolate, select
@@ -128,7 +128,7 @@ def counted(call: Call) -> dict[str, int]:
     if recovery.stops_at_once:
         return {}
     is_retry = 0 < call.attempt <= recovery.retries
-    return {FAILED: 0, TIMED_OUT: 0, "retried": len(call.uids) if is_retry else 0}
+    return {FAILED: 0, TIMED_OUT: 0, RETRIED: len(call.uids) if is_retry else 0}
 
 
 class Signs:
@@ -138,16 +138,16 @@ class Signs:
         call: under way.
         data: its inputs.
         module: its module.
-        tolerant: whether samples may be lost; if not, rewards are left to who reads them.
     """
 
-    def __init__(self, call: Call, data: Batch, module: BaseModule, *, tolerant: bool) -> None:
+    def __init__(self, call: Call, data: Batch, module: BaseModule) -> None:
         space = resolved_config(module).namespace
         start = "" if space is None else f"{space}/"
         self._outcome, self._rewards = f"{start}{OUTCOME}", f"{start}{REWARDS}"
-        self._call, self._module, self._tolerant = call, module, tolerant
+        self._call, self._module = call, module
         self._marks = marks_of(data)
-        self._unusable = unusable_rewards(data, self._rewards) if tolerant else {}
+        self._given = isolate({n: data[n] for n in (self._rewards,) if n in data})
+        """The rewards that came in, which the step may overwrite."""
 
     def new_in(
         self, output: Batch, kept: Sequence[int] | None, place: str
@@ -170,18 +170,19 @@ class Signs:
             rows = {row: mark for row, mark in marks.items() if mark != CUT}
             if after.keys() - before.keys():
                 outcomes[CUT] = len(marks) - len(rows)
-        if self._tolerant:
-            self._add_unusable(rows, output, kept)
+        self._add_unusable(rows, output, kept)
         return outcomes, rows
 
     def _add_unusable(
         self, rows: dict[int, str], output: Batch, kept: Sequence[int] | None
     ) -> None:
         """Count samples with rewards that nobody can train on among those that the step failed on."""
+        found = unusable_rewards(output, self._rewards)
+        before = unusable_rewards(self._given, self._rewards) if found else {}
         state = state_of(self._module)
-        for row, value in unusable_rewards(output, self._rewards).items():
+        for row, value in found.items():
             at = row if kept is None else kept[row]
-            if row not in rows and at not in self._unusable:
+            if row not in rows and at not in before:
                 rows[row] = FAILED
                 what = f"{self._call.node.name} returned {value!r} in its column {self._rewards!r}"
                 state.failure = state.failure or f"{what} for uid {self._call.uids[at]}"

@@ -19,12 +19,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import faulthandler
+import os
 import signal
+import site
 import sys
+import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any, Final, TypeVar
 
@@ -160,7 +164,7 @@ class Deadline:
         caller = frame.f_back
         while caller is not None:
             if caller.f_code is self._guarded.__code__:
-                self._hit = _place(frame, frame.f_lineno)
+                self._hit = _innermost(list(_below(frame, caller)))
                 raise DeadlinePassed(self, self._hit)
             caller = caller.f_back
 
@@ -183,7 +187,7 @@ class Deadline:
         if not outcome:
             # The one way to see where another thread is.
             frame = sys._current_frames().get(thread.ident or 0)  # pyright: ignore[reportPrivateUsage]
-            place = "" if frame is None else _place(frame, frame.f_lineno)
+            place = "" if frame is None else _innermost(list(_below(frame, None)))
             raise DeadlinePassed(self, place)
         value, error = outcome[0]
         if error is not None:
@@ -207,9 +211,30 @@ def cancelled(
         return DeadlinePassed(deadline, place, was_caught=True)
     while error.__cause__ is not None:
         error = error.__cause__
-    last = list(traceback.walk_tb(error.__traceback__))[-1]
-    return DeadlinePassed(deadline, _place(*last))
+    return DeadlinePassed(deadline, _innermost(list(traceback.walk_tb(error.__traceback__))[::-1]))
 
 
-def _place(frame: FrameType, line: int) -> str:
+_LIBRARIES: Final = tuple(
+    {
+        *(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib")),
+        f"{site.getusersitepackages()}{os.sep}",
+        f"{Path(__file__).parents[1]}{os.sep}",
+        "<frozen",
+    }
+)
+"""Where code lies that is Python's, installed, or ours."""
+
+
+def _below(frame: FrameType, caller: FrameType | None) -> Generator[tuple[FrameType, int]]:
+    """Yield frames and their lines from `frame` outwards, up to, and without, `caller`."""
+    inner: FrameType | None = frame
+    while inner is not None and inner is not caller:
+        yield inner, inner.f_lineno
+        inner = inner.f_back
+
+
+def _innermost(frames: Sequence[tuple[FrameType, int]]) -> str:
+    """Name the innermost line, given the innermost first; of those that are the user's, if any is."""
+    own = (f for f in frames if not f[0].f_code.co_filename.startswith(_LIBRARIES))
+    frame, line = next(own, frames[0])
     return f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"

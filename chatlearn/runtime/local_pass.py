@@ -215,8 +215,7 @@ class Pass:
         node = graph.nodes[spec.index]
         if self._tap is not None:
             self._tap.entering(graph.name, node, call, data)
-        tolerant = spec.index in self._tolerant
-        signs = Signs(call, data, self._worker(call).module, tolerant=tolerant)
+        signs = Signs(call, data, self._worker(call).module)
         result = self._call(call, data, graph)
         place = f"{spec.name}, {node.place}"
         output, kept = sample_output(call, result.value, place)
@@ -236,7 +235,7 @@ class Pass:
             self._tap.returned(graph.name, node, done, output, metrics)
         samples = len(done.uids) if kept is None else len(kept)
         self._outputs.put(call.id, output, samples * self._takers[spec.index])
-        if tolerant:
+        if spec.index in self._tolerant:
             self._attempts.settle(call, len(done.uids))
         self._report(call, result.seconds, len(done.uids), metrics, outcomes)
         return Finished(call.id, kept, result.seconds, failed)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor
 
 from chatlearn.columns import CUT, FAILED, OUTCOME, OUTCOMES, TIMED_OUT, UID
@@ -189,7 +190,10 @@ def refuse_unknown_marks(
 
 
 def unusable_rewards(batch: Batch, column: str) -> dict[int, Any]:
-    """Return the entries of a column of rewards, by their rows, that are no finite number: nobody can train on them."""
+    """Return the entries of a column of rewards, by their rows, that nobody can train on.
+
+    These are the ones that are no finite number, and no sequence of such.
+    """
     values = batch.get(column, ())
     if isinstance(values, Tensor):
         wrong = ~values.isfinite()
@@ -200,8 +204,12 @@ def unusable_rewards(batch: Batch, column: str) -> dict[int, Any]:
 
 
 def _is_finite(value: Any) -> bool:
+    if type(value) is float:
+        return math.isfinite(value)
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
+    if isinstance(value, list | tuple | np.ndarray):
+        return all(map(_is_finite, cast("Iterable[Any]", value)))
     return isinstance(value, Real) and math.isfinite(value)
 
 

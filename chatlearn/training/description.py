@@ -96,4 +96,5 @@ def _make(source: Any, dtype: DType, *, trust_remote_code: bool) -> dict[str, Te
         return {}
     with torch.device("meta"), torch.random.fork_rng():
         model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    return dict(model.to(resolve_dtype(dtype)).state_dict())
+    # The parameters themselves, by which tied names and what is trained are known.
+    return dict(model.to(resolve_dtype(dtype)).state_dict(keep_vars=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any, cast
 
@@ -27,14 +27,19 @@ def has_adapters(model: Any) -> bool:
 
 
 def plain_state(model: Any) -> dict[str, Tensor] | None:
-    """Return the tensors of a model's state, on the device `meta`.
+    """Return the tensors of a model's state, on the device `meta`; names of one tensor have one there, too.
 
     None for what is no model, and for one with adapters, whose names are those of the plain model only once merged.
     """
     if not isinstance(model, nn.Module) or has_adapters(model):
         return None
-    state = model.state_dict().items()
-    return {n: torch.empty_like(t, device="meta") for n, t in state if isinstance(t, Tensor)}
+    state: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    made = {
+        id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad)
+        for t in tensors.values()
+    }
+    return {name: made[id(t)] for name, t in tensors.items()}
 
 
 @torch.no_grad()

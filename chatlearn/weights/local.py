@@ -73,6 +73,7 @@ class ParameterSync:
         destinations: the replicas of the module that receives.
         share: whether shared storage would do (see `sharing.py`).
         place: the user's line that paired them, for errors.
+        source_trains: whether train steps change what of the source takes a gradient.
 
     Example:
         >>> sync = ParameterSync(learner, [policy], share=False)
@@ -87,6 +88,7 @@ class ParameterSync:
         *,
         share: bool,
         place: str = "",
+        source_trains: bool = False,
     ) -> None:
         self.pair = f"{source.name} -> {destinations[0].name}"
         self._source = source
@@ -94,6 +96,7 @@ class ParameterSync:
         self._share = share
         self._shared = False
         self._place = place
+        self._source_trains = source_trains
         self._had: list[dict[str, int]] = [{} for _ in destinations]
         """Digests of every plain replica's tensors after the sync before."""
         self._renamings = [Renaming() for _ in destinations]
@@ -186,6 +189,7 @@ class ParameterSync:
             place=self._place,
             source_ties=sent.ties,
             destination_ties=ties,
+            trained=sent.trained if self._source_trains else (),
         ).origins
 
     def _copy(

@@ -7,7 +7,7 @@ one end keeps apart and the other leaves out of its state. `Ties` say which of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -70,6 +70,7 @@ def plan_sync(
     place: str = "",
     source_ties: Ties | None = None,
     destination_ties: Ties | None = None,
+    trained: Collection[str] = (),
 ) -> SyncPlan:
     """Match the tensors of a source with those of a destination.
 
@@ -81,6 +82,7 @@ def plan_sync(
         place: where the user paired them, for errors.
         source_ties: which names of the source's model are one tensor; None takes what `source` itself shows.
         destination_ties: the same of the destination.
+        trained: names in the source whose tensors training changes, as far as they are known.
 
     Raises:
         SyncError: names are missing on either side, shapes differ, a dtype cannot be converted, or the destination ties
@@ -92,12 +94,16 @@ def plan_sync(
         ties_of(source.items()) if source_ties is None else source_ties,
         ties_of(destination.items()) if destination_ties is None else destination_ties,
     )
-    problems = matching.problems()
+    parted = _cut(matching.kept_apart(trained))
+    problems = [*matching.problems(), *parted]
     if problems:
+        fix = "give both modules the same architecture, or map names in state_dict() or load_state_dict()"
+        if len(parted) == len(problems):
+            fix = "tie them in both models or in neither (tie_word_embeddings in their configurations)"
         raise SyncError(
             f"parameters of {pair} do not match:\n" + "\n".join(f"  {line}" for line in problems),
             place=place,
-            fix="give both modules the same architecture, or map names in state_dict() or load_state_dict()",
+            fix=fix,
         )
     moved = [value for value in destination.values() if isinstance(value, Tensor)]
     return SyncPlan(matching.origins, sum(t.numel() * t.element_size() for t in moved))
@@ -134,7 +140,6 @@ class _Matching:
             *_unmatched(self.missing, self.destination, self.extra, self.source, "source"),
             *_unmatched(self.extra, self.source, self.missing, self.destination, "destination"),
             *_cut(self._different()),
-            *_cut(self._kept_apart()),
         ]
 
     def _different(self) -> list[str]:
@@ -155,8 +160,8 @@ class _Matching:
                 lines.append(f"{called} is {' in the source, '.join(kinds)} in the destination")
         return lines
 
-    def _kept_apart(self) -> list[str]:
-        """Say which names are one tensor in the destination and have different values in the source."""
+    def kept_apart(self, trained: Collection[str]) -> list[str]:
+        """Say which names are one tensor in the destination, and differ in the source, or will after a train step."""
         lines: list[str] = []
         first_of: dict[str, str] = {}
         for name in [*self.destination, *self.unused]:
@@ -165,11 +170,19 @@ class _Matching:
                 continue
             other = first_of.setdefault(tie, origin)
             one, two = self.source[origin], self.source[other]
-            if origin != other and not _equal(one, two):
-                lines.append(
-                    f"{origin} and {other} are one tensor in the destination, and differ in the source"
-                )
+            if origin == other:
+                continue
+            both = f"{origin} and {other} are one tensor in the destination"
+            if not _equal(one, two):
+                lines.append(f"{both}, and differ in the source")
+            elif self._are_two(origin, other) and not {origin, other}.isdisjoint(trained):
+                lines.append(f"{both}, and two in the source, which training makes differ")
         return lines
+
+    def _are_two(self, one: str, other: str) -> bool:
+        """Tell whether two names are known to be different tensors in the source."""
+        ties = self.source_ties
+        return one in ties and other in ties and ties[one] != ties[other]
 
 
 def _unmatched(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from reprlib import repr as shortened
@@ -84,6 +84,11 @@ class Sent:
         names = (name for name, _ in source.model.named_parameters(remove_duplicate=False))
         parameters = {self.ties[name] for name in names}
         return {name for name in self.state if self.ties.get(name) in parameters}
+
+    @property
+    def trained(self) -> Collection[str]:
+        """The names of what takes a gradient, as far as they are known."""
+        return self._trained or ()
 
     def may_skip(self, name: str) -> bool:
         """Tell whether a tensor takes no gradient now, so that the destination may have it already."""

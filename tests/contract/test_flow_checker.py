@@ -170,6 +170,22 @@ def nothing_to_compare() -> Wrong:
 
 
 @wrong
+def pairs_without_tokens() -> Wrong:
+    """Nobody samples in DPO: what is missing is the dataset's."""
+
+    def dpo() -> Any:
+        p = Parts()
+        return DPOEngine(p.reference, p.learner).set_dataset(ROWS)  # line: dpo
+
+    fix = "add the column to the dataset, or call PolicyInference.forward_step before this step"
+    return dpo, [
+        ("reference.forward_step reads 'prompt_ids' and 'response_ids'", "dpo", fix),
+        ("learner.train_step reads 'prompt_ids'", "dpo", "return its output from env_flow"),
+        ("learner.train_step reads 'advantages'", "dpo", "return its output from env_flow"),
+    ]
+
+
+@wrong
 def advantages_not_returned() -> Wrong:
     p = Parts()
 

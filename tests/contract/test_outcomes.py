@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from contract_modules import Batch, Learner, Step, plain
@@ -337,12 +338,40 @@ def test_a_reward_of_a_users_own_that_is_no_number_fails_its_sample(
         assert learner.row(BAD)["outcome"] == "failed"
 
 
-def test_rewards_that_came_in_are_not_the_failure_of_who_passes_them_on() -> None:
-    configure({"on_failure": "mask"})
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), None, "no", [1.0, float("nan")]])
+def test_with_the_default_such_a_reward_ends_the_run(value: Any) -> None:
+    configure({})
+    said = f"a step failed on uid {BAD}: reward.forward_step returned"
+    with pytest.raises(BatchError, match=said) as caught:
+        run(Unscored("reward", value, listed=True))
+    assert f"{value!r} in its column 'rewards' for uid {BAD}" in caught.value.cause
+    assert "models.reward.on_failure" in caught.value.fix
+
+
+def test_rewards_of_several_numbers_are_no_failure() -> None:
+    configure({})
+    for value in ([1.0, 2.0], (1, 0.5), torch.ones(2), np.float32(0.5), np.ones(2), True):
+        _, learner = run(Unscored("reward", value, listed=True))
+        assert learner.uids == list(range(12))
+
+
+@pytest.mark.parametrize("policy", ["stop", "mask"])
+def test_rewards_that_came_in_are_not_the_failure_of_who_passes_them_on(policy: str) -> None:
+    configure({"on_failure": policy})
     prompts = [{"prompt": "a", "rewards": float("nan")}, {"prompt": "b", "rewards": 1.0}]
     result, learner = run(Step("reward"), prompts=prompts)
     assert learner.uids == list(range(8))
-    assert result.metrics["outcomes/reward/failed"] == 0
+    assert result.metrics.get("outcomes/reward/failed", 0) == 0
+
+
+def test_an_evaluation_ends_with_a_reward_that_is_no_number() -> None:
+    configure({})
+    reward = Unscored("reward", float("nan"))
+    evaluator = Evaluator(lambda batch: reward.forward_step(batch)).set_dataset(["x"] * 8)
+    step = Step("step")
+    engine = Engine(Environment(lambda batch: step.forward_step(batch))).set_evaluator(evaluator)
+    with pytest.raises(BatchError, match=f"returned nan in its column 'rewards' for uid {BAD}"):
+        engine.set_dataset(PROMPTS).learn()
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,28 @@ def test_a_tied_head_arrives_where_it_is_kept_apart(trainer: Any, policy: Any) -
 
 def test_a_head_of_its_own_does_not_fit_a_tied_one() -> None:
     with pytest.raises(
-        SyncError, match="are one tensor in the destination, and differ in the source"
+        SyncError, match="are one tensor in the destination, and two in the source"
     ) as caught:
         learn(UNTIED, TIED)
     assert f"set_parameter_sync at {__file__}:" in caught.value.place
+    assert not Path("run/metrics.jsonl").exists(), "no episode was begun"
+
+
+def test_a_head_that_begins_as_the_embedding_is_refused_at_the_first_sync() -> None:
+    from transformers import Qwen3ForCausalLM
+
+    def parted() -> Any:
+        tied = tiny_model()
+        config = copy.deepcopy(tied.config)
+        config.tie_word_embeddings = False
+        model = Qwen3ForCausalLM(config)
+        model.load_state_dict(tied.state_dict())
+        assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+        return model
+
+    with pytest.raises(SyncError, match="two in the source, which training makes differ") as caught:
+        learn(parted, tiny_model)
+    assert "tie_word_embeddings" in caught.value.fix
     assert not Path("run/metrics.jsonl").exists(), "no episode was begun"
 
 

@@ -372,14 +372,23 @@ def test_checking_reads_no_large_file(tmp_path: Path) -> None:
     [
         ({"format": 99}, "has format 99, and this version of chatlearn reads 1 to 2"),
         ({"format": 1, "unknown": 1}, "damaged"),
-        ([], "damaged: it holds no JSON object"),
-        ({"format": 1, "files": []}, "damaged: files: Input should be an object"),
-        ({"format": 1, "episode": "3"}, "damaged: episode: Input should be a valid integer"),
+        ([], "damaged: checkpoint.json: it holds no JSON object"),
+        ({"format": 1, "files": []}, "damaged: checkpoint.json: files: Input should be an object"),
+        (
+            {"format": 1, "episode": "3"},
+            "damaged: checkpoint.json: episode: Input should be a valid integer",
+        ),
     ],
 )
 def test_other_formats_are_refused(tmp_path: Path, content: Any, what: str) -> None:
     (tmp_path / "checkpoint.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=what):
+        RunState.read(tmp_path)
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.json").touch()
+    with pytest.raises(CheckpointError, match=r"is damaged: checkpoint\.json: Expecting"):
         RunState.read(tmp_path)
 
 

@@ -126,6 +126,18 @@ def unused() -> tuple[Engine, str, str]:
     return p.engine(env_flow), "nothing takes the output of second.forward_step", "return it"
 
 
+def unused_and_undeclared() -> tuple[Engine, str, str]:
+    p = Parts()
+
+    def env_flow(batch: Any) -> Any:
+        rollout = p.policy.forward_step(batch)
+        p.plain.forward_step(rollout)  # line: unused_and_undeclared
+        return p.scored(rollout)
+
+    cause = "nothing takes the output of plain.forward_step, if it has any"
+    return p.engine(env_flow), cause, "says so: @declares"
+
+
 def unused_in_evaluation() -> tuple[Engine, str, str]:
     p = Parts()
 
@@ -305,6 +317,7 @@ def a_sampler_with_weights() -> tuple[Engine, str, str]:
     "make",
     [
         unused,
+        unused_and_undeclared,
         unused_in_evaluation,
         unread_reference,
         unread_cost_of_a_users_own,
@@ -335,6 +348,22 @@ def waited_for(p: Parts) -> Any:
     def env_flow(batch: Any) -> Any:
         rollout = p.policy.forward_step(batch)
         with ControlDependencies(p.second.forward_step(rollout)):
+            return p.scored(rollout)
+
+    return p.engine(env_flow)
+
+
+def called_for_what_it_does(p: Parts) -> Any:
+    class Logs(BaseModule):
+        @declares(writes=())
+        def forward_step(self, data: Any) -> None: ...
+
+    logs = Logs("logs")
+
+    def env_flow(batch: Any) -> Any:
+        rollout = p.policy.forward_step(batch)
+        logs.forward_step(rollout)
+        with ControlDependencies(p.plain.forward_step(rollout)):
             return p.scored(rollout)
 
     return p.engine(env_flow)
@@ -403,6 +432,7 @@ FINE: dict[str, Callable[[Parts], Any]] = {
         lambda batch: p.reference.eval_step(p.policy.eval_step(batch))
     ).set_dataset(ROWS),
     "waited for": waited_for,
+    "called for what it does": called_for_what_it_does,
     "a sampler without weights": lambda p: Engine(
         Environment(
             lambda batch: p.advantage.forward_step(

@@ -278,15 +278,25 @@ def test_a_padded_column_and_constants_arrive_as_in_a_run() -> None:
     assert list(found.learned["eval_flow", 0].writes or ()) == ["sum"], found.notes
 
 
-def test_a_learned_step_whose_output_nobody_takes_may_have_done_all_it_should() -> None:
-    logs, last = Does("logs", add(made=["a", "b"])), Does("last", add(more=["a", "b"]))
+def test_what_a_dry_run_shows_of_a_step_whose_output_nobody_takes() -> None:
+    logs, last = Does("logs", lambda data: data), Does("last", add(more=["a", "b"]))
 
     def eval_flow(batch: Any) -> Any:
         logs.forward_step(batch)
         return last.forward_step(batch)
 
-    program = Evaluator(eval_flow).set_dataset(ROWS).check(dry_run=True)
-    assert program.warnings == program.problems == []
+    def warnings(*, dry_run: bool) -> list[str]:
+        program = Evaluator(eval_flow).set_dataset(ROWS).check(dry_run=dry_run)
+        assert program.problems == []
+        return [warning.cause for warning in program.warnings]
+
+    assert warnings(dry_run=True) == [], "it makes no column, so it is called for what it does"
+    assert warnings(dry_run=False) == [
+        "nothing takes the output of logs.forward_step, if it has any"
+    ]
+    logs.function = add(made=["a", "b"])
+    said = "nothing takes the output of logs.forward_step, which makes 'made'"
+    assert warnings(dry_run=True) == [said]
 
 
 def test_declared_and_ready_made_steps_are_not_called() -> None:

@@ -127,6 +127,46 @@ def test_a_model_that_an_earlier_setup_left_says_nothing() -> None:
     assert problems(source, destination) == []
 
 
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+def test_a_trained_head_of_its_own_does_not_fit_one_that_is_the_embedding() -> None:
+    tied, apart = ({**CONFIG, "tie_word_embeddings": value} for value in (True, False))
+    (cause,) = problems(learner(apart), policy(tied))
+    assert "are one tensor in the destination, and two in the source, which training" in cause
+    assert problems(learner(tied), policy(apart)) == []
+    assert problems(learner(tied), policy(tied, dtype="bf16")) == []
+    assert "head.weight" in problems(Made("a", Tied(tied=False)), Made("b", Tied(tied=True)))[0]
+    frozen = Made("a", Tied(tied=False).requires_grad_(False))
+    assert problems(frozen, Made("b", Tied(tied=True))) == []
+
+
+def test_what_the_first_sync_compares_is_noted() -> None:
+    def noted(source: Any, destination: Any) -> bool:
+        chatlearn.init()
+        notes = engine(source, destination).check().notes
+        arrow = f"{source.name} -> {destination.name}"
+        said = [note for note in notes if "compared at the first sync" in note]
+        assert all(note.startswith(f"{arrow}: ") for note in said)
+        return bool(said)
+
+    class Maps(Made):
+        def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    assert noted(learner(tiny_pair), policy(tiny_model))
+    assert noted(learner(tiny_pair), policy(CONFIG))
+    assert noted(Made("a", nn.Linear(1, 1)), Maps("b", nn.Linear(1, 1)))
+    assert not noted(learner(tiny_pair), policy(tiny_pair))
+    assert not noted(learner(CONFIG), policy(CONFIG))
+    assert not noted(Made("a", nn.Linear(1, 1)), Made("b", nn.Linear(1, 1)))
+    assert not noted(Made("a"), Made("b")), "neither can have parameters"
+
+
 def test_what_only_the_first_sync_can_know_is_left_to_it() -> None:
     wide = nn.Linear(5, 5)
 

@@ -67,6 +67,15 @@ class Hanging(BaseModule):
     async def blocks_its_loop(self, data: Any) -> None:
         time.sleep(LONG_S)  # noqa: ASYNC251 - a mistake that steps make
 
+    async def awaits_deep_in_a_library(self, data: Any) -> None:
+        await asyncio.gather(self._asks(1), self._asks(2))
+
+    def waits_deep_in_a_library(self, data: Any) -> None:
+        threading.Event().wait(LONG_S)
+
+    async def _asks(self, number: int) -> None:
+        await asyncio.Event().wait()
+
     def answers_nevertheless(self, data: Any) -> float:
         try:
             time.sleep(LONG_S)
@@ -151,6 +160,10 @@ def test_every_way_to_hang_ends(method: str) -> None:
     lines = str(raised.value).splitlines()
     assert lines[0].endswith("timeout_s=0.1 seconds")
     assert re.fullmatch(r"  it was at: .+:\d+ in \w+", lines[1])
+    if method in CAUGHT or method.endswith("_library"):
+        assert __file__ in lines[1], "a line of the user's"
+    if method == "awaits_deep_in_a_library":
+        assert lines[1].endswith("in _asks")
     if method in CAUGHT:
         assert lines.pop(2).startswith("  it caught what was to end it, so what it did then is not")
     assert lines[2:] == [

@@ -57,7 +57,12 @@ def test_counts_add_up_and_zeros_are_there() -> None:
             "1 timed out, 1 group dropped",
         ),
         ({"outcomes/a/failed": 4.0, "outcomes/dropped_groups": 2.0}, "4 failed, 2 groups dropped"),
-        ({"judge/failed": 4.0, "outcomes/a/retried": 3.0}, ""),
+        ({"judge/failed": 4.0, "outcomes/a/retried": 0.0}, ""),
+        ({"outcomes/a/retried": 6.0, "outcomes/b/retried": 1.0}, "a: 6 retried, b: 1 retried"),
+        (
+            {"outcomes/a/retried": 2.0, "outcomes/a/failed": 1.0, "outcomes/dropped_groups": 1.0},
+            "1 failed, 1 group dropped, a: 2 retried",
+        ),
     ],
 )
 def test_what_was_lost_in_words(metrics: dict[str, float], said: str) -> None:

@@ -16,6 +16,7 @@ from chatlearn import BaseModule
 from chatlearn.errors import SyncError
 from chatlearn.testing import tiny_model
 from chatlearn.weights.adapters import has_adapters, merged_state
+from chatlearn.weights.export import export
 from chatlearn.weights.local import ParameterSync
 
 peft = pytest.importorskip("peft")
@@ -97,6 +98,32 @@ def perturbed(model: Any) -> Any:
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_loads_in_transformers_and_answers_as_the_adapted_model(kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = perturbed(KINDS[kind]())
+    if kind in ("injected", "two adapters"):
+        model.set_adapter("default")
+    export(model, tmp_path)
+    assert list((tmp_path / "adapter").glob("*.safetensors"))
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_a_tied_embedding_alone_parts_it_from_the_head(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = perturbed(adapted(lora(target_modules=["embed_tokens"])))
+    export(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 class Holder(BaseModule):

@@ -115,6 +115,17 @@ def test_what_the_destination_ties_must_be_equal_in_the_source() -> None:
     assert plan({"embed": TWO.to("meta"), "head": TWO.to("meta")}, tied).origins, "not known yet"
 
 
+def test_what_the_destination_ties_must_stay_equal_in_the_source() -> None:
+    held = torch.zeros(2)
+    tied: dict[str, object] = {"embed": held, "head": held}
+    both: dict[str, object] = {"embed": TWO, "head": TWO.clone()}
+    with pytest.raises(SyncError, match="two in the source, which training makes differ") as caught:
+        plan_sync(both, tied, pair="x -> y", trained=["head"])
+    assert "tie_word_embeddings" in caught.value.fix
+    assert plan_sync(both, tied, pair="x -> y", trained=["other"]).origins, "frozen, so they stay"
+    assert plan_sync({"embed": TWO, "head": TWO}, tied, pair="x -> y", trained=["embed"]).origins
+
+
 def test_nan_in_what_is_tied_is_no_difference() -> None:
     nan: Tensor = torch.full((2,), torch.nan)
     assert plan({"embed": nan, "head": nan}, {"embed": held, "head": held}).origins
