@@ -22,7 +22,7 @@ _SYNC: Final = "set_parameter_sync"
 def warn_of_columns(program: Program, flows: Sequence[Followed]) -> None:
     """Name outputs that nobody takes, columns that nobody reads at a cost, work that is replaced, idle policies."""
     everyone = [node for flow in flows for node in flow.nodes]
-    named = set[_Key]().union(*(_keys(node.reads() or ()) for node in everyone))
+    named = set[_Key]().union(*(_keys(node.reads or ()) for node in everyone))
     used = _used(program, flows)
     seen: set[str] = set()
     for flow in flows:
@@ -42,7 +42,7 @@ def _used(program: Program, flows: Sequence[Followed]) -> set[_Key]:
     used: set[_Key] = set()
     for flow in flows:
         for node in flow.nodes:
-            reads = node.reads()
+            reads = node.reads
             used |= _keys(_all(node) if reads is None else reads)
         # What the trainer flow is fed with is read, or not, by its nodes, and what it returns goes to nobody.
         is_fed_on = flow.graph.name == "env_flow" and "trainer_flow" in program.graphs
@@ -64,7 +64,7 @@ def _keys(origins: Iterable[Origin]) -> set[_Key]:
 def _warnings(
     flow: Followed, node: NodeColumns, used: set[_Key], everyone: Sequence[NodeColumns]
 ) -> Iterator[FlowWarning]:
-    made, said = node.makes(), node.declaration
+    made, said = node.makes, node.declaration
     if flow.graph.name == "trainer_flow" and not said.is_of_method:
         return
     index = node.node.index
@@ -111,7 +111,7 @@ def _replaced_wholes(
     """
     if not any("/" in name for name in node.declaration.writes or ()):
         return
-    made = node.makes()
+    made = node.makes
     if _keys(made).isdisjoint(used):  # said of the whole node
         return
     for whole, parts in _sums(node).items():
@@ -124,7 +124,7 @@ def _replaced_wholes(
 
 def _sums(node: NodeColumns) -> dict[str, list[Origin]]:
     """Return the columns that the step makes together with parts of them, each with its parts."""
-    made = node.makes()
+    made = node.makes
     found = {o.name: [p for p in made if p.name.startswith(f"{o.name}/")] for o in made}
     return {whole: parts for whole, parts in found.items() if parts}
 
@@ -144,7 +144,7 @@ def _replaced(node: NodeColumns, columns: Iterable[Origin], rival: NodeColumns) 
 
 
 def _costly(node: NodeColumns, nodes: Iterable[NodeColumns]) -> FlowWarning:
-    names = _names(node.makes())
+    names = _names(node.makes)
     would = [
         f"{other.node.module.name} would read it with {setting}"
         for other in nodes
@@ -164,7 +164,7 @@ def _rival(
     """Return a later node of the flow that makes one of the columns, which somebody reads from there."""
     names = {origin.name for origin in columns}
     for other in flow.nodes[node.node.index + 1 :]:
-        read = (o for o in other.makes() if (o.flow, o.node, o.name) in used)
+        read = (o for o in other.makes if (o.flow, o.node, o.name) in used)
         if any(origin.name in names for origin in read):
             return other
     return None
@@ -180,7 +180,7 @@ def _never_synced(
     taught = {id(module) for module in trainer.graph.modules}
     taught |= {id(destination) for _, destination in program.sync_pairs}
     for node in trainer.nodes:
-        for origin in sorted(node.reads() or (), key=_order):
+        for origin in sorted(node.reads or (), key=_order):
             sampler = trainer.node(origin)
             is_sampled = origin.name.rsplit("/", maxsplit=1)[-1] == ROLLOUT_LOGPROBS
             if sampler is None or not is_sampled or id(sampler.node.module) in taught:

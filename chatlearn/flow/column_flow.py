@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from chatlearn.columns import OUTCOME, PROMPT_UID, UID
 from chatlearn.flow.declaration import ANYTHING, Declaration, Kinds, Need
@@ -77,8 +78,9 @@ class NodeColumns:
     """The same, as they are called outside the module's namespace."""
     leaving: Columns
 
+    @cached_property
     def reads(self) -> Origins | None:
-        """Return what the step may read; None if it may read everything."""
+        """What the step may read; None if it may read everything."""
         said = self.declaration
         if said.needs is None or said.reads_all:
             return None
@@ -90,8 +92,9 @@ class NodeColumns:
         """Return what a column that the step writes is called outside the module's namespace."""
         return _outside(name, self.namespace)
 
+    @cached_property
     def makes(self) -> Origins:
-        """Return the columns that the step makes, as far as it declares them."""
+        """The columns that the step makes, as far as it declares them."""
         found = (o for origins in self.leaving.origins.values() for o in origins)
         return frozenset(o for o in found if (o.flow, o.node) == (self.flow, self.node.index))
 

@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from training_scripts import train
 
 import chatlearn
-from chatlearn import config
 from chatlearn.cli import main
 from chatlearn.errors import CheckpointError
 from chatlearn.record.reading import RunRecord
 from chatlearn.rerun.comparison import NodeComparison, UpdateSamples
 from chatlearn.rerun.replay import Replay
-from chatlearn.script import execute
 
 SCRIPT = """
 import sys
@@ -82,21 +80,6 @@ DROP = "models.reward.on_failure=drop_group"
 
 def failing(outcomes: dict[int, str]) -> str:
     return SCRIPT.replace("FAILING = {}", f"FAILING = {outcomes}")
-
-
-def train(folder: Path, script: str, *arguments: str) -> Path:
-    """Run a script as a user does; return the run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "train.py"
-    path.write_text(script)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        with config.command_line():
-            execute(path, arguments)
-    finally:
-        os.chdir(before)
-    return folder / "run"
 
 
 def again(run: Path, outcomes: dict[int, str], **options: Any) -> Replay:

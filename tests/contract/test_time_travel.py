@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from training_scripts import train
 
 import chatlearn
-from chatlearn import config
 from chatlearn.biography.story import biography
 from chatlearn.cli import main
 from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, RecordError
 from chatlearn.record.reading import RunRecord
 from chatlearn.rerun.replay import Replay
-from chatlearn.script import execute
 
 SCRIPT = '''
 import sys
@@ -110,24 +108,9 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def train(folder: Path, script: str = SCRIPT, *arguments: str) -> Path:
-    """Run a script as a user does; return the run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "train.py"
-    path.write_text(script)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        with config.command_line():
-            execute(path, arguments)
-    finally:
-        os.chdir(before)
-    return folder / "run"
-
-
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("recorded"))
+    return train(tmp_path_factory.mktemp("recorded"), SCRIPT)
 
 
 @pytest.fixture(autouse=True)
@@ -481,7 +464,7 @@ def test_a_node_that_the_script_has_no_more(recorded: Path, tmp_path: Path) -> N
 
 
 def test_a_script_that_was_moved(tmp_path: Path) -> None:
-    run = train(tmp_path)
+    run = train(tmp_path, SCRIPT)
     (tmp_path / "train.py").rename(tmp_path / "moved.py")
     with pytest.raises(ConfigError, match="is gone"):
         chatlearn.replay(run, node="advantage")
@@ -550,7 +533,7 @@ def test_an_unchanged_episode_is_equal_whatever_its_shape(
 
 
 def test_a_run_that_was_resumed_is_recorded_as_one(tmp_path: Path) -> None:
-    run = train(tmp_path)
+    run = train(tmp_path, SCRIPT)
     whole = {
         n: chatlearn.replay(run, episode=n, node="policy_trainer").nodes[0].numbers
         for n in (1, 2, 3)

@@ -93,7 +93,7 @@ def test_dropped_columns_are_gone_and_replaced_ones_are_the_steps() -> None:
     (node,) = follow({0: said}, (FEED,))
     assert "prompt" not in node.leaving.origins
     assert makers(node.leaving, "uid") == {0}
-    assert {origin.name for origin in node.makes()} == {"uid"}
+    assert {origin.name for origin in node.makes} == {"uid"}
 
 
 def test_what_an_open_set_lets_through_stays_open_unless_a_step_passes_nothing_on() -> None:
@@ -129,7 +129,7 @@ def test_a_namespace_shows_and_renames_as_it_does_with_real_batches(writes: froz
     }
     left = leave({**seen, **{name: ["new"] for name in writes}}, batch, "solver", writes)
     assert set(node.leaving.origins) == set(left)
-    assert {origin.name for origin in node.makes()} == {n for n, c in left.items() if c == ["new"]}
+    assert {origin.name for origin in node.makes} == {n for n, c in left.items() if c == ["new"]}
 
 
 def test_a_plain_column_may_show_where_the_own_one_is_not_certain() -> None:
@@ -146,6 +146,6 @@ def test_what_a_step_reads() -> None:
     said = Declaration.of(needs=[either], optional={"uid", "missing"}, writes={"b"}, passes_on=True)
     everything = Declaration.of(reads={"prompt"}, reads_all=True, writes=())
     one, silent, greedy = follow({0: said, 2: everything}, (FEED,), (0,), (0,))
-    assert {origin.name for origin in one.reads() or ()} == {"prompt", "uid"}
-    assert silent.reads() is None
-    assert greedy.reads() is None
+    assert {origin.name for origin in one.reads or ()} == {"prompt", "uid"}
+    assert silent.reads is None
+    assert greedy.reads is None
